@@ -1,0 +1,1 @@
+"""Resampling, activation and convolution ops, each with its plain definition beside the faster form."""

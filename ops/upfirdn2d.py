@@ -1,0 +1,146 @@
+"""Up-sample, pad, filter, down-sample: the resampling op of the StyleGAN family.
+
+Definition (Karras et al. 2020, "Analyzing and Improving the Image Quality of StyleGAN", appendix B): insert `up - 1`
+zeros after every sample, pad (or crop, where negative), convolve with `f`, keep every `down`-th sample.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Ints = int | Sequence[int]
+
+
+def setup_filter(taps: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
+    """A 2-D float32 filter [fh, fw] of sum 1 from 1-D taps (their outer product) or 2-D taps."""
+    f = torch.as_tensor(taps, dtype=torch.float32)
+    if f.ndim == 1:
+        f = f[:, None] * f[None, :]
+    if f.ndim != 2 or f.numel() == 0:
+        raise ValueError(f"a filter is one row of taps or a table of them, not of shape {tuple(f.shape)}")
+    return f / f.sum()
+
+
+def upfirdn2d(
+    x: Tensor,
+    f: Tensor,
+    up: Ints = 1,
+    down: Ints = 1,
+    padding: Ints = 0,
+    flip_filter: bool = False,
+    gain: float = 1.0,
+) -> Tensor:
+    """Up-samples, pads, filters and down-samples each channel.
+
+    Args:
+        x: [N, C, H, W], floating point, any memory format (kept).
+        f: filter, float32, [fh, fw], or [taps] for a separable one.
+        up, down: integer factors, one for both axes or (x, y).
+        padding: of the zero-inserted image; one number, (x, y), or (x0, x1, y0, y1). Negative crops.
+        flip_filter: correlate instead of convolve.
+        gain: factor on the result.
+
+    Returns:
+        [N, C, (H * up_y + y0 + y1 - fh) // down_y + 1, the same for W], dtype of `x`. Differentiable to any order.
+    """
+    fast = polyphase(x, f, up, down, padding, flip_filter, gain)
+    return reference(x, f, up, down, padding, flip_filter, gain) if fast is None else fast
+
+
+def reference(
+    x: Tensor,
+    f: Tensor,
+    up: Ints = 1,
+    down: Ints = 1,
+    padding: Ints = 0,
+    flip_filter: bool = False,
+    gain: float = 1.0,
+) -> Tensor:
+    """The definition, word for word. Arguments and result as in `upfirdn2d`; runs in any dtype `x` has."""
+    (up_x, up_y), (down_x, down_y), (x0, x1, y0, y1) = _pair(up), _pair(down), _quad(padding)
+    N, C, H, W = x.shape
+    x = F.pad(x.reshape(N, C, H, 1, W, 1), [0, up_x - 1, 0, 0, 0, up_y - 1])
+    x = x.reshape(N, C, H * up_y, W * up_x)
+    x = F.pad(x, [x0, x1, y0, y1])  # negative amounts crop
+    weight = _weight(f, gain, flip_filter, C, x.dtype)
+    x = F.conv2d(x, weight, groups=C)
+    return x[:, :, ::down_y, ::down_x]
+
+
+def polyphase(
+    x: Tensor,
+    f: Tensor,
+    up: Ints,
+    down: Ints,
+    padding: Ints,
+    flip_filter: bool,
+    gain: float,
+) -> Tensor | None:
+    """The same without the inserted zeros and the discarded samples: a strided or a transposed depthwise convolution.
+
+    None where up- and down-sampling meet in one call, which no network here does.
+    """
+    (up_x, up_y), (down_x, down_y), (x0, x1, y0, y1) = _pair(up), _pair(down), _quad(padding)
+    C = x.shape[1]
+    if up_x == up_y == 1:
+        weight = _weight(f, gain, flip_filter, C, x.dtype)
+        if x0 == x1 and y0 == y1 and min(x0, y0) >= 0:  # the convolution pads by itself: no padded copy
+            return F.conv2d(x, weight, stride=(down_y, down_x), padding=(y0, x0), groups=C)
+        return F.conv2d(F.pad(x, [x0, x1, y0, y1]), weight, stride=(down_y, down_x), groups=C)
+    if down_x == down_y == 1:
+        # A transposed convolution spreads the unflipped filter: a true convolution of the zero-inserted image.
+        weight = _weight(f, gain, not flip_filter, C, x.dtype)
+        fh, fw = weight.shape[2:]
+        y = F.conv_transpose2d(x, weight, stride=(up_y, up_x), groups=C)
+        # It covers the image from its first to its last non-zero sample with the filter's full support around it.
+        return F.pad(y, [x0 - fw + 1, x1 - fw + up_x, y0 - fh + 1, y1 - fh + up_y])
+    return None
+
+
+def blur2d(x: Tensor, f: Tensor, padding: Ints = 0, gain: float = 1.0) -> Tensor:
+    """Filters [N, C, H, W] with `f`, padding as in `upfirdn2d`."""
+    return upfirdn2d(x, f, padding=padding, gain=gain)
+
+
+def upsample2d(x: Tensor, f: Tensor, up: int = 2) -> Tensor:
+    """[N, C, H, W] -> [N, C, H * up, W * up], centred, keeping the mean brightness."""
+    fh, fw = _shape(f)
+    padding = [(fw + up - 1) // 2, (fw - up) // 2, (fh + up - 1) // 2, (fh - up) // 2]
+    return upfirdn2d(x, f, up=up, padding=padding, gain=up**2)
+
+
+def downsample2d(x: Tensor, f: Tensor, down: int = 2) -> Tensor:
+    """[N, C, H, W] -> [N, C, H // down, W // down], centred."""
+    fh, fw = _shape(f)
+    padding = [(fw - down + 1) // 2, (fw - down) // 2, (fh - down + 1) // 2, (fh - down) // 2]
+    return upfirdn2d(x, f, down=down, padding=padding)
+
+
+def _weight(f: Tensor, gain: float, flip_filter: bool, channels: int, dtype: torch.dtype) -> Tensor:
+    """Depthwise weight [C, 1, fh, fw] for a correlation (what torch calls convolution)."""
+    if f.ndim == 1:
+        f = f[:, None] * f[None, :]
+    f = f * gain
+    if not flip_filter:
+        f = f.flip([0, 1])
+    return f.to(dtype)[None, None].expand(channels, 1, -1, -1)
+
+
+def _shape(f: Tensor) -> tuple[int, int]:
+    return (f.shape[0], f.shape[-1])
+
+
+def _pair(value: Ints) -> tuple[int, int]:
+    x, y = (value, value) if isinstance(value, int) else value
+    return x, y
+
+
+def _quad(padding: Ints) -> tuple[int, int, int, int]:
+    if isinstance(padding, int):
+        return padding, padding, padding, padding
+    if len(padding) == 2:
+        return padding[0], padding[0], padding[1], padding[1]
+    x0, x1, y0, y1 = padding
+    return x0, x1, y0, y1

@@ -1,0 +1,56 @@
+"""Adversarial losses and regularisers, as functions of tensors. All return one value a sample: the caller averages,
+so that the result does not depend on how a batch is split over passes and ranks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def logistic_generator(fake_logits: Tensor) -> Tensor:
+    """Non-saturating logistic loss (Goodfellow et al. 2014, section 3): logits [N, 1] -> [N]."""
+    return F.softplus(-fake_logits).flatten()
+
+
+def logistic_discriminator_fake(fake_logits: Tensor) -> Tensor:
+    """The generated half of the logistic loss (Goodfellow et al. 2014, eq. 1): logits [N, 1] -> [N]."""
+    return F.softplus(fake_logits).flatten()
+
+
+def logistic_discriminator_real(real_logits: Tensor) -> Tensor:
+    """The real half of the logistic loss: logits [N, 1] -> [N]."""
+    return F.softplus(-real_logits).flatten()
+
+
+def r1_penalty(real: Tensor, real_logits: Tensor) -> Tensor:
+    """Squared norm of the gradient of the logits with respect to the reals (Mescheder et al. 2018, eq. 9).
+
+    Args:
+        real: [N, C, H, W], `requires_grad`.
+        real_logits: [N, 1], computed from `real`.
+
+    Returns:
+        [N], differentiable once more; to be weighted by gamma / 2.
+    """
+    (grad,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
+    return grad.square().sum(dim=[1, 2, 3])
+
+
+def path_lengths(images: Tensor, ws: Tensor, noise: Tensor) -> Tensor:
+    """Length of the Jacobian of the generator along a random image direction (StyleGAN2, eq. 4).
+
+    Args:
+        images: [N, C, H, W], computed from `ws`.
+        ws: [N, num_ws, w_dim].
+        noise: [N, C, H, W] of unit variance; divided here by sqrt(H * W), so that lengths compare across resolutions.
+
+    Returns:
+        [N]: the square root of the squared gradient, summed over w_dim and averaged over the layers.
+    """
+    H, W = images.shape[2:]
+    (grad,) = torch.autograd.grad((images * noise).sum() / (H * W) ** 0.5, ws, create_graph=True)
+    return grad.square().sum(dim=2).mean(dim=1).sqrt()
+
+
+def path_length_penalty(lengths: Tensor, mean: Tensor) -> Tensor:
+    """(StyleGAN2, eq. 4): squared deviation [N] of the lengths [N] from their running mean, a scalar."""
+    return (lengths - mean).square()

@@ -1,0 +1,108 @@
+"""Building blocks with the equalised learning rate: weights are stored at unit variance and scaled when used, so that
+Adam's step is relative to each layer's own scale (Karras et al. 2018, "Progressive Growing of GANs", section 4.1)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ...ops.bias_act import bias_act
+from ...ops.conv2d import conv2d
+
+
+def normalize_2nd_moment(x: Tensor, eps: float = 1e-8) -> Tensor:
+    """Scales the rows of [N, D] to a mean square of 1."""
+    return x * (x.square().mean(dim=1, keepdim=True) + eps).rsqrt()
+
+
+class Linear(nn.Module):
+    """Fully connected layer [N, in] -> [N, out], with bias and optionally leaky ReLU.
+
+    Args:
+        lr_mul: learning-rate multiplier; parameters are stored divided by it.
+        bias_init: initial bias as the layer applies it.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, act: str = "linear", lr_mul: float = 1.0, bias_init: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.act, self.lr_mul = act, lr_mul
+        self.weight = nn.Parameter(torch.randn(out_features, in_features) / lr_mul)
+        self.bias = nn.Parameter(torch.full([out_features], bias_init / lr_mul))
+        self.weight_gain = lr_mul / math.sqrt(in_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight.to(x.dtype) * self.weight_gain
+        b = self.bias.to(x.dtype) * self.lr_mul
+        if self.act == "linear":
+            return torch.addmm(b, x, w.t())
+        return bias_act(x @ w.t(), b, act=self.act)
+
+
+class Conv2d(nn.Module):
+    """Convolution [N, in, H, W] -> [N, out, H / down, W / down] of odd size k, with optional bias and leaky ReLU."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, k: int, act: str = "linear", bias: bool = True, down: int = 1
+    ) -> None:
+        super().__init__()
+        self.act, self.down = act, down
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, k, k))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.weight_gain = 1 / math.sqrt(in_channels * k**2)
+
+    def forward(self, x: Tensor, f: Tensor | None = None, gain: float | None = None, clamp: float | None = None):
+        """`f` low-pass filter when down-sampling; `gain`, `clamp` as in `bias_act`. Computes in the dtype of `x`."""
+        x = conv2d(x, self.weight * self.weight_gain, f, down=self.down)
+        return bias_act(x, self.bias, self.act, gain, clamp)
+
+
+def modulated_conv2d(
+    x: Tensor, weight: Tensor, styles: Tensor, f: Tensor | None = None, up: int = 1, demodulate: bool = True
+) -> Tensor:
+    """Convolution whose weights are scaled per sample (Karras et al. 2020, StyleGAN2, section 2.2, eqs. 1 and 3).
+
+    Scaling the input channels by the style and the output channels by the demodulation coefficient equals scaling the
+    weights, and needs no per-sample weights.
+
+    Args:
+        x: [N, C_in, H, W], fp32, bf16 or fp16.
+        weight: [C_out, C_in, k, k], fp32.
+        styles: [N, C_in], fp32.
+        f, up: low-pass filter and up-sampling factor, as in `conv2d`.
+
+    Returns:
+        [N, C_out, H * up, W * up], dtype of `x`.
+    """
+    if demodulate and x.dtype == torch.float16:
+        # Demodulation divides any scale out again: keep the intermediate values inside fp16's range.
+        weight = weight / weight.abs().amax(dim=[1, 2, 3], keepdim=True) / math.sqrt(weight[0].numel())
+        styles = styles / styles.abs().amax(dim=1, keepdim=True)
+    y = conv2d(x * styles.to(x.dtype)[:, :, None, None], weight, f, up=up)
+    if demodulate:
+        power = weight.square().sum(dim=[2, 3])  # [C_out, C_in]
+        d = (styles.square() @ power.t() + 1e-8).rsqrt()  # [N, C_out]
+        y = y * d.to(y.dtype)[:, :, None, None]
+    return y
+
+
+def minibatch_std(x: Tensor, group: int) -> Tensor:
+    """Appends one channel: the standard deviation over groups of samples, averaged over everything else.
+
+    (Karras et al. 2018, section 3.) Group g takes rows g, g + N / group, ...: when rank r of R holds the rows r::R of a
+    larger batch, its groups are groups of the larger batch.
+
+    Args:
+        x: [N, C, H, W]; N divisible by `group`.
+
+    Returns:
+        [N, C + 1, H, W].
+    """
+    N, C, H, W = x.shape
+    if N % group:
+        raise ValueError(f"{N} samples do not divide into minibatch-std groups of {group}")
+    y = x.reshape(group, N // group, C, H, W)
+    y = (y.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=[1, 2, 3])  # [N / group]
+    y = y.repeat(group)[:, None, None, None].expand(-1, -1, H, W)
+    return torch.cat([x, y], dim=1)
