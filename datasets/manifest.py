@@ -1,0 +1,209 @@
+"""The typed description of a shard set: which tars it has, what is in them, and how the pictures were made.
+
+What concerns a single sample (where its image lies in the tar, and its label) is not in `manifest.json` but in one `.npy`
+beside each tar, so that reading a manifest costs memory by the shard, not by the sample: 10^9 samples are 10^6 shards
+and some hundred megabytes, and a process opens the indices of only the shards it is reading from.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+FILE = "manifest.json"
+WORK = ".prepare"  # the folder of work files that an unfinished `styleloom prepare` leaves in the data set
+
+_SHA256 = r"^[0-9a-f]{64}$"
+# No folders in a name: a manifest that came from elsewhere must not point outside its own folder.
+_TAR = r"^[\w-][\w.-]*\.tar$"
+_NPY = r"^[\w-][\w.-]*\.npy$"
+
+
+class Shard(BaseModel):
+    """One tar of samples and the index beside it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=_TAR)
+    """File name of the tar, in the manifest's folder."""
+    count: int = Field(gt=0)
+    """Samples in it."""
+    bytes: int = Field(gt=0)
+    """Size of the tar."""
+    sha256: str = Field(pattern=_SHA256)
+    """Of the tar, in hex."""
+    index: str = Field(pattern=_NPY)
+    """File name of the index: int64 [count, 3] = (offset of the image's bytes in the tar, their length, label or -1)."""
+    index_sha256: str = Field(pattern=_SHA256)
+    """Of the index file, in hex."""
+
+
+class Manifest(BaseModel):
+    """A whole shard set. All images have the same size, channels and codec."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["styleloom-shards-1"] = "styleloom-shards-1"
+    width: int = Field(gt=0)
+    """Pixels."""
+    height: int = Field(gt=0)
+    """Pixels."""
+    channels: Literal[1, 3, 4]
+    """Grey, RGB or RGBA."""
+    codec: Literal["png", "jpeg", "webp"]
+    quality: int | None
+    """Of the codec, 1 to 100; None is lossless."""
+    resize: Literal["lanczos", "box"]
+    """The filter that brought the pictures to this size. It shows in the metrics, so it is recorded."""
+    crop: Literal["center"] = "center"
+    background: str | None
+    """The colour that transparent pictures were composited on, such as "#ffffff"; None where alpha was kept."""
+    class_names: list[str]
+    """Name of each label, by its number; empty when there are no labels."""
+    class_counts: list[int]
+    """Samples of each label."""
+    count: int = Field(gt=0)
+    """Samples in all shards."""
+    bytes: int = Field(gt=0)
+    """Size of all tars."""
+    shards: list[Shard] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _totals_agree(self) -> Self:
+        if self.count != sum(shard.count for shard in self.shards):
+            raise ValueError("count is not the sum over the shards")
+        if self.bytes != sum(shard.bytes for shard in self.shards):
+            raise ValueError("bytes is not the sum over the shards")
+        if len(self.class_counts) != len(self.class_names):
+            raise ValueError("class_names and class_counts differ in length")
+        if self.class_names and sum(self.class_counts) != self.count:
+            raise ValueError("class_counts do not add up to count")
+        return self
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; 0 when the samples have no labels."""
+        return len(self.class_names)
+
+    @property
+    def hash(self) -> str:
+        """sha256 in hex of the canonical JSON: the identity of the data set, as checkpoints record it."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """The manifest of the data set in `folder`.
+
+    Raises ValueError, naming the remedy, if there is none, if `styleloom prepare` has not finished, or if it is unreadable.
+    """
+    folder = Path(folder)
+    path = folder / FILE
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(_no_manifest(folder)) from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty: delete it and run the styleloom prepare that made it again.")
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise ValueError(
+            f"{path} is not a manifest that this version reads ({where + ': ' if where else ''}{fault['msg']}). "
+            "Restore it, or prepare the data set again."
+        ) from None
+
+
+def _no_manifest(folder: Path) -> str:
+    if not folder.exists():
+        return f"there is no data set at {folder}: make one with styleloom prepare SRC {folder}"
+    if (folder / WORK).is_dir():
+        return (
+            f"{folder} is half-written: its styleloom prepare was interrupted. "
+            "Run the same prepare again: it continues where it stopped."
+        )
+    return f"{folder} is not a data set: no {FILE}; make one with styleloom prepare SRC DEST"
+
+
+def write_manifest(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
+    """Writes `manifest.json` into `folder`: whole or not at all, also across a power cut."""
+    write_atomically(Path(folder) / FILE, (manifest.model_dump_json(indent=1) + "\n").encode())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Puts `data` at `path`: whoever reads sees the old file or the new one, never a part.
+
+    Raises OSError (a full disk, no permission), and then leaves no temporary file behind.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the renames in `folder` last over a power cut. Does nothing where folders cannot be opened (Windows)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load_index(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
+    """The index of a shard: int64 [count, 3] = (offset of the image's bytes in the tar, their length, label or -1).
+
+    Raises ValueError if it is missing, unreadable or does not fit the shard.
+    """
+    path = Path(folder) / shard.index
+    try:
+        index = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"cannot read the index {path} of {shard.name} ({error}). {_remedy(folder)}") from None
+    if index.dtype != np.int64 or index.shape != (shard.count, 3):
+        raise ValueError(
+            f"the index {path} holds {index.dtype} {list(index.shape)} instead of int64 [{shard.count}, 3]: "
+            f"it changed after the manifest was written. {_remedy(folder)}"
+        )
+    offsets, lengths = index[:, 0], index[:, 1]
+    if (offsets < 0).any() or (lengths <= 0).any() or (offsets > shard.bytes - lengths).any():
+        raise ValueError(f"the index {path} points outside {shard.name}. {_remedy(folder)}")
+    return index
+
+
+def check_shard(folder: str | os.PathLike[str], shard: Shard) -> None:
+    """A check that costs two `stat`, for the start of a training run: the files are there and the tar has its size.
+
+    Raises ValueError naming the shard and the remedy.
+    """
+    folder = Path(folder)
+    path = folder / shard.name
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, though the manifest lists it. {_remedy(folder)}")
+    size = path.stat().st_size
+    if size != shard.bytes:
+        raise ValueError(
+            f"{path} has {size} bytes, the manifest says {shard.bytes}: "
+            f"it changed after the manifest was written. {_remedy(folder)}"
+        )
+    if not (folder / shard.index).is_file():
+        raise ValueError(f"{folder / shard.index}, the index of {shard.name}, is missing. {_remedy(folder)}")
+
+
+def _remedy(folder: str | os.PathLike[str]) -> str:
+    return f"Restore it or prepare the data set again; styleloom inspect {folder} --verify lists every fault."

@@ -1,0 +1,201 @@
+"""The one description of a run, and the presets."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(Section):
+    path: str = ""
+    """The data set: a folder made by `styleloom prepare`."""
+    mirror: bool = False
+    """Show about half of the images flipped left to right."""
+    labels: bool = False
+    """Train a class-conditional network on the data set's labels."""
+    workers: int = Field(-1, ge=-1)
+    """Processes that read and decode, for each training process; -1: by the number of cores."""
+    window: int = Field(16, ge=1)
+    """Shards that are mixed with one another; memory and randomness grow with it."""
+    verify: Literal["auto", "hash", "size"] = "auto"
+    """What is checked of the shards before training: their sizes, or also their sha256 (auto: where all are < 2 GiB)."""
+
+
+class StyleGAN2Network(Section):
+    kind: Literal["stylegan2"] = "stylegan2"
+    """Which generator and discriminator."""
+    z_dim: int = Field(512, ge=1)
+    """Size of the latent z."""
+    w_dim: int = Field(512, ge=1)
+    """Size of the intermediate latent w."""
+    mapping_layers: int = Field(8, ge=1)
+    """Layers of the mapping network."""
+    channel_base: int = Field(32768, ge=4)
+    """Channels times resolution, the same at every level ..."""
+    channel_max: int = Field(512, ge=1)
+    """... but at most this many channels."""
+    mbstd_group: int = Field(4, ge=1)
+    """Group of the minibatch standard deviation; 1 switches it off."""
+
+
+class StyleGAN2Recipe(Section):
+    kind: Literal["stylegan2"] = "stylegan2"
+    """Which losses, phases and optimizers."""
+    lr: float = Field(0.0025, gt=0)
+    """Learning rate of both networks, before the correction for lazy regularisation."""
+    beta2: float = Field(0.99, ge=0, lt=1)
+    """Adam's second-moment decay, before that correction; beta1 is 0."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's epsilon."""
+    r1_gamma: float | None = Field(None, ge=0)
+    """Weight of the R1 penalty; 0 switches it off, None takes 0.0002 * width * height / batch."""
+    r1_interval: int = Field(16, ge=1)
+    """Iterations from one R1 phase to the next."""
+    pl_weight: float = Field(2.0, ge=0)
+    """Weight of the path-length penalty; 0 switches it off."""
+    pl_decay: float = Field(0.01, gt=0, le=1)
+    """Speed of the running mean of path lengths."""
+    pl_interval: int = Field(4, ge=1)
+    """Iterations from one path-length phase to the next."""
+    pl_batch_shrink: int = Field(2, ge=1)
+    """The path-length phase uses batch / this many images."""
+    style_mixing: float = Field(0.9, ge=0, le=1)
+    """Probability that a generated image takes its later layers' w from a second latent."""
+    w_avg_beta: float = Field(0.995, ge=0, lt=1)
+    """Decay of the running mean of w that truncation uses."""
+
+
+class Ema(Section):
+    half_life_kimg: float = Field(10.0, ge=0)
+    """Thousands of images after which a weight's influence on the averaged generator has halved."""
+    ramp: float | None = Field(None, gt=0)
+    """Limit the half-life to this fraction of the images shown so far."""
+
+
+class Run(Section):
+    preset: str = "custom"
+    """The preset that this run began as."""
+    data: Data = Data()
+    network: StyleGAN2Network = StyleGAN2Network()
+    recipe: StyleGAN2Recipe = StyleGAN2Recipe()
+    ema: Ema = Ema()
+    out: str = ""
+    """The folder of the run; a folder that holds a run goes on from its newest checkpoint."""
+    init: str = ""
+    """A snapshot (or a run's folder) whose networks this run starts from."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Everything random follows from it."""
+    batch: int = Field(32, ge=1)
+    """Images of a step over all processes."""
+    passes: int = Field(1, ge=1)
+    """Split each process's share of a batch into this many passes (gradient accumulation), to save memory."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the top four levels of both networks; the rest is fp32."""
+    total_kimg: float = Field(25000.0, gt=0)
+    """Length of the training, in thousands of images."""
+    tick_kimg: float = Field(4.0, gt=0)
+    """Progress line and statistics every so many thousand images."""
+    checkpoint_kimg: float = Field(40.0, gt=0)
+    """Exact training state every so many thousand images."""
+    snapshot_kimg: float = Field(200.0, gt=0)
+    """Generator snapshot and sample grid every so many thousand images."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Checkpoints to keep, the newest ones."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Run":
+        group, each = self.network.mbstd_group, self.batch / self.passes
+        if each % group:
+            raise ValueError(
+                f"batch {self.batch} in {self.passes} passes does not divide into minibatch-std groups of {group}: "
+                "change batch, passes or network.mbstd_group"
+            )
+        return self
+
+
+# What a run may change when it goes on: how long it lasts, how often it tells, where things lie, what it costs.
+FREE = {
+    "data.path", "data.workers", "data.verify", "out", "init", "total_kimg", "tick_kimg", "checkpoint_kimg",
+    "snapshot_kimg", "keep_checkpoints",
+}  # fmt: skip
+
+
+def protected_differences(old: Run, new: Run) -> list[str]:
+    """'name: old -> new' of each field that may not change between a checkpoint and the run that goes on from it."""
+    a, b = flat(old), flat(new)
+    return [f"{name}: {a.get(name)} -> {b[name]}" for name in b if name not in FREE and a.get(name) != b[name]]
+
+
+def flat(run: Run) -> dict[str, Any]:
+    """Dotted names and values of all fields."""
+
+    def walk(prefix: str, value: dict[str, Any]) -> dict[str, Any]:
+        out = {}
+        for name, x in value.items():
+            out |= walk(f"{prefix}{name}.", x) if isinstance(x, dict) else {prefix + name: x}
+        return out
+
+    return walk("", run.model_dump(mode="json"))
+
+
+def write_run(run: Run, path: Path) -> None:
+    """Writes `run.json`, whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(run.model_dump(mode="json"), indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def read_run(path: Path) -> Run:
+    """The run in a `run.json`. Raises ValueError (pydantic's) if it is not one of this version."""
+    return Run.model_validate_json(path.read_text())
+
+
+PRESETS: dict[str, Run] = {
+    run.preset: run
+    for run in [
+        Run(
+            preset="stylegan2-cpu",
+            network=StyleGAN2Network(
+                z_dim=128, w_dim=128, mapping_layers=4, channel_base=1024, channel_max=128, mbstd_group=4
+            ),
+            recipe=StyleGAN2Recipe(pl_weight=0, style_mixing=0, lr=0.0025),
+            ema=Ema(half_life_kimg=2.0, ramp=0.05),
+            batch=16,
+            total_kimg=60,
+            tick_kimg=1,
+            checkpoint_kimg=4,
+            snapshot_kimg=4,
+        ),
+        # Minibatch, minibatch-std, R1 and averaging of the published configurations for FFHQ.
+        Run(
+            preset="stylegan2-256",
+            precision="fp16",
+            network=StyleGAN2Network(channel_base=16384, mbstd_group=8),
+            recipe=StyleGAN2Recipe(r1_gamma=1.0),
+            ema=Ema(half_life_kimg=20.0),
+            batch=64,
+        ),
+        Run(
+            preset="stylegan2-512",
+            precision="fp16",
+            network=StyleGAN2Network(mbstd_group=8),
+            recipe=StyleGAN2Recipe(r1_gamma=0.5),
+            ema=Ema(half_life_kimg=20.0),
+            batch=64,
+        ),
+        Run(
+            preset="stylegan2-1024",
+            precision="fp16",
+            network=StyleGAN2Network(mbstd_group=4),
+            recipe=StyleGAN2Recipe(r1_gamma=2.0, lr=0.002),
+            ema=Ema(half_life_kimg=10.0),
+            batch=32,
+        ),
+    ]
+}
