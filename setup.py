@@ -1,4 +1,4 @@
-"""The four top-level folders are the sub-packages of `styleloom`; everything else about the build is declared here too."""
+"""The four top-level folders are the sub-packages of `styleloom`; the rest of the build is declared here too."""
 
 from pathlib import Path
 

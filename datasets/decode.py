@@ -28,7 +28,7 @@ def decode(data: bytes, codec: str, channels: int) -> np.ndarray:
         pixels = _decode_jpeg(data, channels)
     else:
         pixels = _decode_pillow(data, codec, channels)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return np.array(pixels.transpose(2, 0, 1), order="C")
 
 
 def _decode_jpeg(data: bytes, channels: int) -> np.ndarray:
@@ -49,8 +49,9 @@ def _decode_pillow(data: bytes, codec: str, channels: int) -> np.ndarray:
         with Image.open(io.BytesIO(data), formats=[_FORMAT[codec]]) as image:
             image.load()
             mode = image.mode
-            if codec == "webp" and channels == 1 and mode == "RGB":
-                image = image.convert("L")  # WebP has no grey: prepare stored R = G = B
+            if codec == "webp" and channels != 3 and mode == "RGB":
+                # WebP stores grey as colour, and drops an alpha that is opaque throughout.
+                image = image.convert(_MODE[channels])
             elif mode != _MODE[channels]:
                 raise ValueError(f"it is stored as {mode}, not as {_MODE[channels]}")
             pixels = np.asarray(image)

@@ -1,21 +1,24 @@
 """The typed description of a shard set: which tars it has, what is in them, and how the pictures were made.
 
-What concerns a single sample (where its image lies in the tar, and its label) is not in `manifest.json` but in one `.npy`
-beside each tar, so that reading a manifest costs memory by the shard, not by the sample: 10^9 samples are 10^6 shards
-and some hundred megabytes, and a process opens the indices of only the shards it is reading from.
+What concerns a single sample (where its image lies in the tar, and its label) is not in `manifest.json` but in one
+`.npy` beside each tar, so that reading a manifest costs memory by the shard, not by the sample: 10^9 samples are 10^6
+shards and some hundred megabytes, and a process opens the indices of only the shards it is reading from.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, Self
+from typing import BinaryIO, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 FILE = "manifest.json"
 WORK = ".prepare"  # the folder of work files that an unfinished `styleloom prepare` leaves in the data set
+TEMPORARY = ".tmp"  # how the names of files end that are being written
 
 _SHA256 = r"^[0-9a-f]{64}$"
 # No folders in a name: a manifest that came from elsewhere must not point outside its own folder.
@@ -37,7 +40,7 @@ class Shard(BaseModel):
     sha256: str = Field(pattern=_SHA256)
     """Of the tar, in hex."""
     index: str = Field(pattern=_NPY)
-    """File name of the index: int64 [count, 3] = (offset of the image's bytes in the tar, their length, label or -1)."""
+    """File name of the index: int64 [count, 3] = (offset of the image's bytes in the tar, length, label or -1)."""
     index_sha256: str = Field(pattern=_SHA256)
     """Of the index file, in hex."""
 
@@ -99,7 +102,8 @@ class Manifest(BaseModel):
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """The manifest of the data set in `folder`.
 
-    Raises ValueError, naming the remedy, if there is none, if `styleloom prepare` has not finished, or if it is unreadable.
+    Raises ValueError, naming the remedy, if there is none, if `styleloom prepare` has not finished, or if it is
+    unreadable.
     """
     folder = Path(folder)
     path = folder / FILE
@@ -108,7 +112,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(_no_manifest(folder)) from None
     if not text.strip():
-        raise ValueError(f"{path} is empty: delete it and run the styleloom prepare that made it again.")
+        raise ValueError(f"{path} is empty: restore it, or delete {folder} and prepare it again.")
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -116,7 +120,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         where = ".".join(map(str, fault["loc"]))
         raise ValueError(
             f"{path} is not a manifest that this version reads ({where + ': ' if where else ''}{fault['msg']}). "
-            "Restore it, or prepare the data set again."
+            f"Restore it, or delete {folder} and prepare it again."
         ) from None
 
 
@@ -132,30 +136,40 @@ def _no_manifest(folder: Path) -> str:
 
 
 def write_manifest(manifest: Manifest, folder: str | os.PathLike[str]) -> None:
-    """Writes `manifest.json` into `folder`: whole or not at all, also across a power cut."""
+    """Writes `manifest.json` into `folder`: whole or not at all, also across a power cut. Raises OSError."""
     write_atomically(Path(folder) / FILE, (manifest.model_dump_json(indent=1) + "\n").encode())
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Puts `data` at `path`: whoever reads sees the old file or the new one, never a part.
+    """Puts `data` at `path` as `atomic_file` does."""
+    with atomic_file(path) as file:
+        file.write(data)
 
-    Raises OSError (a full disk, no permission), and then leaves no temporary file behind.
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A binary file to write, which appears at `path` when the block ends: whoever reads sees the old or the new whole.
+
+    Raises OSError naming `path` (a full disk, no permission). After any error nothing is left of the new file.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    # The process id keeps a dying worker of a killed run from writing into its successor's file.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+        _sync_folder(path.parent)
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise
-    sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the renames in `folder` last over a power cut. Does nothing where folders cannot be opened (Windows)."""
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename in `folder` last over a power cut. Does nothing where folders cannot be opened (Windows)."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -206,4 +220,6 @@ def check_shard(folder: str | os.PathLike[str], shard: Shard) -> None:
 
 
 def _remedy(folder: str | os.PathLike[str]) -> str:
-    return f"Restore it or prepare the data set again; styleloom inspect {folder} --verify lists every fault."
+    return (
+        f"Restore it, or delete {folder} and prepare it again; styleloom inspect {folder} --verify lists every fault."
+    )

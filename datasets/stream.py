@@ -9,20 +9,24 @@ global batch, every rank has as many samples as any other, and going on from a p
 It is built from webdataset's own stages; only the first one, which reads records by the manifest's index, is ours.
 """
 
+import atexit
 import functools
 import itertools
 import os
 import signal
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import webdataset as wds
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.filters import pipelinefilter
+from webdataset.compat import WebLoader
+from webdataset.filters import batched, pipelinefilter
+from webdataset.filters import map as map_samples
+from webdataset.pipeline import DataPipeline
 from webdataset.tariterators import group_by_keys
 
 from .decode import decode
@@ -184,7 +188,7 @@ def batches(
     workers: int = 0,
     window: int = 16,
     pin_memory: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """This rank's share of each global batch, without end.
 
     Args:
@@ -202,15 +206,17 @@ def batches(
     """
     if batch % world:
         raise ValueError(f"a batch of {batch} images does not divide among {world} processes")
-    order = Order([shard.count for shard in manifest.shards], seed, window)
-    pipeline = wds.DataPipeline(
-        Records(os.fspath(folder), manifest, order, start, batch, rank, world),
+    records = Records(
+        os.fspath(folder), manifest, Order([s.count for s in manifest.shards], seed, window), start, batch, rank, world
+    )
+    pipeline = DataPipeline(
+        records,
         pipelinefilter(group_by_keys)(),
-        wds.map(functools.partial(_decoded, manifest=manifest, seed=seed, mirror=mirror)),
-        wds.batched(batch // world, collation_fn=_collate, partial=False),
+        map_samples(functools.partial(_decoded, manifest=manifest, seed=seed, mirror=mirror)),
+        batched(batch // world, collation_fn=_collate, partial=False),
         pipelinefilter(_errors_as_items)(),
     )
-    loader = wds.WebLoader(
+    loader = WebLoader(
         pipeline,
         batch_size=None,
         num_workers=workers,
@@ -218,6 +224,14 @@ def batches(
         prefetch_factor=4 if workers else None,
         worker_init_fn=_worker_init,
     )
+    stream = _items(loader)
+    # Without this, a program that ends in the middle of a stream would wait for ever for workers that ignore SIGTERM.
+    reference = weakref.ref(stream)
+    atexit.register(lambda: (alive := reference()) and alive.close())
+    return stream
+
+
+def _items(loader: Iterable[Any]) -> Generator[Any, None, None]:
     for item in loader:
         if isinstance(item, Exception):
             raise item

@@ -7,7 +7,7 @@ from .upfirdn2d import blur2d, downsample2d, upfirdn2d, upsample2d
 
 
 def conv2d(x: Tensor, w: Tensor, f: Tensor | None = None, up: int = 1, down: int = 1) -> Tensor:
-    """"Same" convolution, with filtered up-sampling before it or filtered down-sampling after it.
+    """ "Same" convolution, with filtered up-sampling before it or filtered down-sampling after it.
 
     Args:
         x: [N, C_in, H, W], floating point.

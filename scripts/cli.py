@@ -1,4 +1,4 @@
-"""The `styleloom` command: finds the sub-command, reads its arguments, and turns users' errors into one or two lines."""
+"""The `styleloom` command: finds the sub-command, reads its arguments, turns users' errors into a line or two."""
 
 import contextlib
 import importlib

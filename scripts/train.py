@@ -1,6 +1,5 @@
 """`styleloom train PRESET --data.path DATASET --out DIR [--section.field VALUE ...] [--dry-run]`"""
 
-import sys
 from collections.abc import Sequence
 
 import tyro

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .config import Run, read_run, write_run
-from .networks import build
+from .networks import Generator, build
 
 States = dict[str, dict[str, Tensor]]
 
@@ -30,7 +30,7 @@ SNAPSHOT = "styleloom-snapshot-1"
 
 def optimizer_state(optimizer: Optimizer, network: nn.Module) -> dict[str, Tensor]:
     """The tensors of an optimizer as PARAMETER:KEY -> tensor. Its hyper-parameters follow from the run."""
-    names = {p: name for name, p in network.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in network.named_parameters()}
     return {f"{names[p]}:{key}": x for p, state in optimizer.state.items() for key, x in state.items()}
 
 
@@ -181,7 +181,7 @@ def read_snapshot(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path / 'snapshot.json'} is not a snapshot that this version reads: {error}") from None
 
 
-def load_generator(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_generator(path: Path) -> tuple[Generator, dict[str, Any]]:
     """(averaged generator in eval mode on the CPU, snapshot.json) of a snapshot folder.
 
     Raises:

@@ -19,62 +19,62 @@ class Data(Section):
     """Show about half of the images flipped left to right."""
     labels: bool = False
     """Train a class-conditional network on the data set's labels."""
-    workers: int = Field(-1, ge=-1)
+    workers: int = Field(default=-1, ge=-1)
     """Processes that read and decode, for each training process; -1: by the number of cores."""
-    window: int = Field(16, ge=1)
+    window: int = Field(default=16, ge=1)
     """Shards that are mixed with one another; memory and randomness grow with it."""
     verify: Literal["auto", "hash", "size"] = "auto"
-    """What is checked of the shards before training: their sizes, or also their sha256 (auto: where all are < 2 GiB)."""
+    """What is checked of the shards before training: their sizes, or also their sha256 (auto: all < 2 GiB)."""
 
 
 class StyleGAN2Network(Section):
     kind: Literal["stylegan2"] = "stylegan2"
     """Which generator and discriminator."""
-    z_dim: int = Field(512, ge=1)
+    z_dim: int = Field(default=512, ge=1)
     """Size of the latent z."""
-    w_dim: int = Field(512, ge=1)
+    w_dim: int = Field(default=512, ge=1)
     """Size of the intermediate latent w."""
-    mapping_layers: int = Field(8, ge=1)
+    mapping_layers: int = Field(default=8, ge=1)
     """Layers of the mapping network."""
-    channel_base: int = Field(32768, ge=4)
+    channel_base: int = Field(default=32768, ge=4)
     """Channels times resolution, the same at every level ..."""
-    channel_max: int = Field(512, ge=1)
+    channel_max: int = Field(default=512, ge=1)
     """... but at most this many channels."""
-    mbstd_group: int = Field(4, ge=1)
+    mbstd_group: int = Field(default=4, ge=1)
     """Group of the minibatch standard deviation; 1 switches it off."""
 
 
 class StyleGAN2Recipe(Section):
     kind: Literal["stylegan2"] = "stylegan2"
     """Which losses, phases and optimizers."""
-    lr: float = Field(0.0025, gt=0)
+    lr: float = Field(default=0.0025, gt=0)
     """Learning rate of both networks, before the correction for lazy regularisation."""
-    beta2: float = Field(0.99, ge=0, lt=1)
+    beta2: float = Field(default=0.99, ge=0, lt=1)
     """Adam's second-moment decay, before that correction; beta1 is 0."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """Adam's epsilon."""
-    r1_gamma: float | None = Field(None, ge=0)
+    r1_gamma: float | None = Field(default=None, ge=0)
     """Weight of the R1 penalty; 0 switches it off, None takes 0.0002 * width * height / batch."""
-    r1_interval: int = Field(16, ge=1)
+    r1_interval: int = Field(default=16, ge=1)
     """Iterations from one R1 phase to the next."""
-    pl_weight: float = Field(2.0, ge=0)
+    pl_weight: float = Field(default=2.0, ge=0)
     """Weight of the path-length penalty; 0 switches it off."""
-    pl_decay: float = Field(0.01, gt=0, le=1)
+    pl_decay: float = Field(default=0.01, gt=0, le=1)
     """Speed of the running mean of path lengths."""
-    pl_interval: int = Field(4, ge=1)
+    pl_interval: int = Field(default=4, ge=1)
     """Iterations from one path-length phase to the next."""
-    pl_batch_shrink: int = Field(2, ge=1)
+    pl_batch_shrink: int = Field(default=2, ge=1)
     """The path-length phase uses batch / this many images."""
-    style_mixing: float = Field(0.9, ge=0, le=1)
+    style_mixing: float = Field(default=0.9, ge=0, le=1)
     """Probability that a generated image takes its later layers' w from a second latent."""
-    w_avg_beta: float = Field(0.995, ge=0, lt=1)
+    w_avg_beta: float = Field(default=0.995, ge=0, lt=1)
     """Decay of the running mean of w that truncation uses."""
 
 
 class Ema(Section):
-    half_life_kimg: float = Field(10.0, ge=0)
+    half_life_kimg: float = Field(default=10.0, ge=0)
     """Thousands of images after which a weight's influence on the averaged generator has halved."""
-    ramp: float | None = Field(None, gt=0)
+    ramp: float | None = Field(default=None, gt=0)
     """Limit the half-life to this fraction of the images shown so far."""
 
 
@@ -89,23 +89,23 @@ class Run(Section):
     """The folder of the run; a folder that holds a run goes on from its newest checkpoint."""
     init: str = ""
     """A snapshot (or a run's folder) whose networks this run starts from."""
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Everything random follows from it."""
-    batch: int = Field(32, ge=1)
+    batch: int = Field(default=32, ge=1)
     """Images of a step over all processes."""
-    passes: int = Field(1, ge=1)
+    passes: int = Field(default=1, ge=1)
     """Split each process's share of a batch into this many passes (gradient accumulation), to save memory."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the top four levels of both networks; the rest is fp32."""
-    total_kimg: float = Field(25000.0, gt=0)
+    total_kimg: float = Field(default=25000.0, gt=0)
     """Length of the training, in thousands of images."""
-    tick_kimg: float = Field(4.0, gt=0)
+    tick_kimg: float = Field(default=4.0, gt=0)
     """Progress line and statistics every so many thousand images."""
-    checkpoint_kimg: float = Field(40.0, gt=0)
+    checkpoint_kimg: float = Field(default=40.0, gt=0)
     """Exact training state every so many thousand images."""
-    snapshot_kimg: float = Field(200.0, gt=0)
+    snapshot_kimg: float = Field(default=200.0, gt=0)
     """Generator snapshot and sample grid every so many thousand images."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints to keep, the newest ones."""
 
     @model_validator(mode="after")
@@ -171,6 +171,14 @@ PRESETS: dict[str, Run] = {
             tick_kimg=1,
             checkpoint_kimg=4,
             snapshot_kimg=4,
+        ),
+        # For one GPU: what the published "auto" rule gives at this size.
+        Run(
+            preset="stylegan2-128",
+            precision="fp16",
+            network=StyleGAN2Network(mapping_layers=2, channel_base=16384, mbstd_group=4),
+            ema=Ema(half_life_kimg=10.0, ramp=0.05),
+            batch=32,
         ),
         # Minibatch, minibatch-std, R1 and averaging of the published configurations for FFHQ.
         Run(

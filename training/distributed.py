@@ -30,7 +30,7 @@ class Team:
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
-        self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE", self.world))
+        self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world)
         self.main: bool = self.accelerator.is_main_process
 
     def sum_(self, x: Tensor) -> Tensor:

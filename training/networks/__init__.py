@@ -1,7 +1,6 @@
 """Generators and discriminators. `build` is the only place that chooses among them."""
 
 import torch
-from torch import nn
 
 from ..config import Run
 from .stylegan2 import Discriminator, Generator
@@ -9,7 +8,7 @@ from .stylegan2 import Discriminator, Generator
 LOW_PRECISION = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build(run: Run, width: int, height: int, img_channels: int, c_dim: int) -> tuple[nn.Module, nn.Module]:
+def build(run: Run, width: int, height: int, img_channels: int, c_dim: int) -> tuple[Generator, Discriminator]:
     """(generator, discriminator) on the CPU, initialised from the run's seed alone.
 
     Args:

@@ -7,6 +7,7 @@ nominal resolution 4, 8, 16, ...: the sides of a rectangular image start from an
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class Mapping(nn.Module):
 
 
 def truncate(ws: Tensor, w_avg: Tensor, psi: float, cutoff: int | None = None) -> Tensor:
-    """ws [N, num_ws, w_dim] moved towards `w_avg`; only the first `cutoff` layers where given (StyleGAN, appendix B)."""
+    """ws [N, num_ws, w_dim] moved towards `w_avg`, all layers or the first `cutoff` (StyleGAN, appendix B)."""
     if psi == 1:
         return ws
     ws = ws.clone()
@@ -153,14 +154,14 @@ class SynthesisBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """ws [N, num_conv + 1, w_dim]: one w a convolution, the last for ToRGB."""
         if self.first:
-            x = self.const.to(dtype)[None].expand(len(ws), -1, -1, -1)
-            x = x.contiguous(memory_format=torch.channels_last)
+            y = self.const.to(dtype)[None].expand(len(ws), -1, -1, -1)
+            y = y.contiguous(memory_format=torch.channels_last)
         else:
             assert x is not None
-            x = self.conv0(x.to(dtype), ws[:, 0], f, noise[0], clamp)
-        x = self.conv1(x, ws[:, self.num_conv - 1], f, noise[-1], clamp)
-        y = self.torgb(x, ws[:, self.num_conv], clamp)
-        return x, y if img is None else upsample2d(img, f) + y
+            y = self.conv0(x.to(dtype), ws[:, 0], f, noise[0], clamp)
+        y = self.conv1(y, ws[:, self.num_conv - 1], f, noise[-1], clamp)
+        rgb = self.torgb(y, ws[:, self.num_conv], clamp)
+        return y, rgb if img is None else upsample2d(img, f) + rgb
 
 
 class Synthesis(nn.Module):
@@ -203,7 +204,7 @@ class Synthesis(nn.Module):
         x = img = None
         first = layer = 0
         for res, low in zip(self.resolutions, self.low, strict=True):
-            block = self.get_submodule(f"b{res}")
+            block = cast(SynthesisBlock, self.get_submodule(f"b{res}"))
             n = block.num_conv
             dtype, clamp = (low, CLAMP) if low else (ws.dtype, None)
             x, img = block(x, img, ws[:, first : first + n + 1], self.f, maps[layer : layer + n], dtype, clamp)
@@ -322,7 +323,7 @@ class Discriminator(nn.Module):
         """
         x = img.contiguous(memory_format=torch.channels_last)
         for i, (res, low) in enumerate(zip(self.resolutions, self.low, strict=True)):
-            block = self.get_submodule(f"b{res}")
+            block = cast(DiscriminatorBlock, self.get_submodule(f"b{res}"))
             dtype, clamp = (low, CLAMP) if low else (self.f.dtype, None)
             x = x.to(dtype)
             if i == 0:

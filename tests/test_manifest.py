@@ -1,0 +1,159 @@
+"""datasets/manifest.py: what is written is read back; every kind of broken data set is named."""
+
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+
+from styleloom.datasets.manifest import (
+    FILE,
+    WORK,
+    Manifest,
+    Shard,
+    atomic_file,
+    check_shard,
+    load_index,
+    read_manifest,
+    write_manifest,
+)
+
+SHARD = Shard(
+    name="shard-000000.tar",
+    count=2,
+    bytes=10240,
+    sha256="0" * 64,
+    index="shard-000000.npy",
+    index_sha256="1" * 64,
+)
+MANIFEST = Manifest(
+    width=8,
+    height=4,
+    channels=3,
+    codec="png",
+    quality=None,
+    resize="lanczos",
+    background="#ffffff",
+    class_names=["cat", "dog"],
+    class_counts=[2, 0],
+    count=2,
+    bytes=10240,
+    shards=[SHARD],
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_manifest(MANIFEST, tmp_path)
+    (tmp_path / SHARD.name).write_bytes(bytes(SHARD.bytes))
+    np.save(tmp_path / SHARD.index, np.array([[512, 100, 0], [2048, 50, 0]], dtype=np.int64))
+    return tmp_path
+
+
+def test_is_read_as_it_was_written(folder):
+    assert read_manifest(folder) == MANIFEST
+    assert read_manifest(str(folder)).classes == 2
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_the_hash_depends_on_the_content_and_not_on_the_layout(folder):
+    path = folder / FILE
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=8, sort_keys=True))
+    assert read_manifest(folder).hash == MANIFEST.hash
+    assert MANIFEST.model_copy(update={"resize": "box"}).hash != MANIFEST.hash
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: "", "is empty"),
+        (lambda text: text[: len(text) // 2], "Invalid JSON"),
+        (lambda text: text.replace("styleloom-shards-1", "styleloom-shards-9"), "format"),
+        (lambda text: text.replace('"count": 2', '"count": 3', 1), "count is not the sum|class_counts"),
+        (lambda text: text.replace('"width": 8', '"width": 8, "depth": 1'), "depth"),
+        (lambda text: text.replace("shard-000000.tar", "../secret.tar"), "shards.0.name"),
+    ],
+)
+def test_an_unusable_manifest_is_named(folder, change, message):
+    path = folder / FILE
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=message) as caught:
+        read_manifest(folder)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+def test_what_is_no_data_set_is_told_apart(tmp_path):
+    with pytest.raises(ValueError, match="there is no data set at"):
+        read_manifest(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"not a data set: no manifest.json; make one with styleloom prepare SRC DEST"):
+        read_manifest(tmp_path)
+    (tmp_path / WORK).mkdir()
+    with pytest.raises(ValueError, match=r"half-written.*Run the same prepare again"):
+        read_manifest(tmp_path)
+
+
+def test_check_shard(folder):
+    check_shard(folder, SHARD)
+    (folder / SHARD.name).write_bytes(bytes(SHARD.bytes - 1))
+    with pytest.raises(
+        ValueError, match=r"shard-000000.tar has 10239 bytes, the manifest says 10240.*inspect .* --verify"
+    ):
+        check_shard(folder, SHARD)
+    (folder / SHARD.name).unlink()
+    with pytest.raises(ValueError, match=r"shard-000000.tar is missing"):
+        check_shard(folder, SHARD)
+    (folder / SHARD.name).write_bytes(bytes(SHARD.bytes))
+    (folder / SHARD.index).unlink()
+    with pytest.raises(ValueError, match=r"shard-000000.npy, the index of shard-000000.tar, is missing"):
+        check_shard(folder, SHARD)
+
+
+def test_load_index(folder):
+    index = load_index(folder, SHARD)
+    assert index.dtype == np.int64
+    assert index.tolist() == [[512, 100, 0], [2048, 50, 0]]
+
+
+def _pickled() -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([{}, {}], dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (np.zeros((3, 3), np.int64), r"int64 \[3, 3\] instead of int64 \[2, 3\]"),
+        (np.ones((2, 3), np.int32), "int32"),
+        (np.array([[0, 1, 0], [10239, 2, 0]]), "points outside"),
+        (np.array([[-1, 1, 0], [0, 1, 0]]), "points outside"),
+        (b"\x93NUMPY", "cannot read the index"),
+        (b"", "cannot read the index"),
+        (_pickled(), "cannot read the index"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(folder, index, message):
+    path = folder / SHARD.index
+    if isinstance(index, bytes):
+        path.write_bytes(index)
+    else:
+        np.save(path, index)
+    with pytest.raises(ValueError, match=message):
+        load_index(folder, SHARD)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught, atomic_file(path) as file:
+        file.write(b"new")
+    assert caught.value.filename == str(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
