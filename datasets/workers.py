@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import multiprocessing.sharedctypes
 import os
 import signal
@@ -84,7 +85,9 @@ def _context(module: str) -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module])
-    # The server inherits that Ctrl-C is blocked: it would end it while it imports.
+    # The server inherits that Ctrl-C is blocked: it would end it while it imports. The tracker, which is started on the
+    # way, would unblock it.
+    multiprocessing.resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         multiprocessing.forkserver.ensure_running()

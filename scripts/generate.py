@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ class Arguments:
     """truncation_psi: 1 is the full variety, less is more typical and cleaner, 0 the average image."""
     noise: Literal["const", "random", "none"] = "const"
     """The noise maps: those stored in the network, drawn from the seed, or none."""
-    class_: tyro.conf.arg(int | None, name="class") = None  # type: ignore[valid-type]
+    class_: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """Class number, for a conditional network; by default seed modulo the number of classes."""
     latents: Path | None = None
     """A .npy file instead of seeds: z [N, z_dim], w [N, w_dim] with --space w, or ws [N, num_ws, w_dim]."""

@@ -152,7 +152,7 @@ def test_killed_at_any_moment_it_continues(slow, tmp_path, capsys):
     assert digests(dest) == digests(whole)
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGTERM, 1)])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGINT, 2), (signal.SIGINT, 1)])
 def test_stopped_it_says_that_it_continues(slow, tmp_path, number, workers):
     dest = tmp_path / "data"
     process = start(slow, dest, workers)
@@ -164,6 +164,17 @@ def test_stopped_it_says_that_it_continues(slow, tmp_path, number, workers):
     assert lines == [f"styleloom prepare: stopped. The same command continues; {dest} keeps its finished shards."]
     assert not list(dest.rglob("*.tmp"))
     assert records(dest)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no fork server")
+def test_stopped_while_the_workers_start_it_says_so_too(slow, tmp_path):
+    process = start(slow, tmp_path / "data")
+    wait_until(lambda: len(descendants(process)) == 2)  # the fork server, which imports, and the resource tracker
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    lines = [line for line in err.splitlines() if line.strip() and not line.startswith("preparing: ")]
+    assert len(lines) == 1
 
 
 def test_a_killed_worker_is_told_and_does_not_hang(slow, tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -46,10 +47,10 @@ def load_optimizer_state(optimizer: Optimizer, network: nn.Module, state: dict[s
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into that appears as `folder` only if the block ends well."""
+    """A folder to write into that appears as `folder` only if the block ends well. Raises OSError naming `folder`."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left_over in folder.parent.glob("*.tmp"):
-        shutil.rmtree(left_over)
+        shutil.rmtree(left_over, ignore_errors=True)
     temporary = folder.with_name(folder.name + ".tmp")
     temporary.mkdir()
     try:
@@ -58,11 +59,16 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             _sync(file)
         _sync(temporary)
         if folder.exists():  # written by an earlier try at the same images; the new one is as good
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+            folder.rename(replaced := folder.with_name(folder.name + ".old.tmp"))
+            temporary.rename(folder)
+            shutil.rmtree(replaced)
+        else:
+            temporary.rename(folder)
         _sync(folder.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(folder)) from None
         raise
 
 
@@ -76,22 +82,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
+        raise ValueError(f"cannot read {path}: {_brief(error)}") from None
 
 
 def save(folder: Path, states: States, meta: dict[str, Any], run: Run, keep: int) -> Path:
-    """Writes the checkpoint `folder/nimg-NNNNNNNNN` and deletes all but the newest `keep`.
+    """Writes the checkpoint `folder/nimg-NNNNNNNNN`, unless it is there, and deletes all but the newest `keep`.
 
     Args:
         states: name -> tensors; each becomes NAME.safetensors.
         meta: JSON values, with `nimg`.
     """
     target = folder / _name(meta["nimg"])
+    if target.exists():  # the run goes on from its newest checkpoint, so this one holds the same
+        return target
     with whole_folder(target) as temporary:
         for name, tensors in states.items():
             write_tensors(temporary / f"{name}.safetensors", tensors)
         write_run(run, temporary / "run.json")
-        (temporary / "state.json").write_text(json.dumps(meta, indent=1) + "\n")
+        (temporary / "state.json").write_text(json.dumps({**meta, "states": sorted(states)}, indent=1) + "\n")
     for old in complete(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -101,12 +109,14 @@ def load(folder: Path) -> tuple[States, dict[str, Any], Run]:
     """(states, meta, run) of a checkpoint folder. Raises ValueError if a part is missing or unreadable."""
     try:
         meta = json.loads((folder / "state.json").read_text())
-        run = read_run(folder / "run.json")
-    except (OSError, ValueError) as error:
+        meta |= {key: meta[key] for key in ("nimg", "seconds", "processes", "data_hash")}
+        states = {name: read_tensors(folder / f"{name}.safetensors") for name in meta["states"]}
+        return states, meta, read_run(folder / "run.json")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"the checkpoint {folder} is damaged ({error}). Delete that folder to go on from the one before."
+            f"the checkpoint {folder} is damaged, or of another version ({_brief(error)}).\n"
+            "Move that folder away to go on from the one before."
         ) from None
-    return {path.stem: read_tensors(path) for path in sorted(folder.glob("*.safetensors"))}, meta, run
 
 
 def complete(folder: Path) -> list[Path]:
@@ -114,6 +124,14 @@ def complete(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"nimg-\d{9,}", path.name))
+
+
+def _brief(error: Exception) -> str:
+    """An error in one line."""
+    if isinstance(error, ValidationError):
+        fault = error.errors()[0]
+        return ": ".join(filter(None, (".".join(map(str, fault["loc"])), fault["msg"])))
+    return f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
 
 
 def _name(nimg: int) -> str:
@@ -178,7 +196,7 @@ def read_snapshot(path: Path) -> dict[str, Any]:
         about["run"] = Run.model_validate(about["run"])
         return about | {key: about[key] for key in ("nimg", "width", "height", "channels", "class_names")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / 'snapshot.json'} is not a snapshot that this version reads: {error}") from None
+        raise ValueError(f"{path / 'snapshot.json'} is not a snapshot that this version reads: {_brief(error)}") from None
 
 
 def load_generator(path: Path) -> tuple[Generator, dict[str, Any]]:

@@ -83,14 +83,15 @@ def run_phase(
         network.requires_grad_(name == phase.trains)
     parameters = list(networks[phase.trains].parameters())
     optimizer.zero_grad(set_to_none=True)
-    sums = {name: torch.zeros(shape, device=parameters[0].device) for name, shape in phase.statistics.items()}
+    dtype, device = parameters[0].dtype, parameters[0].device
+    sums = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in phase.statistics.items()}
     for batch in passes:
         if len(batch) == 0:
             continue
         loss = phase.loss(batch)
         (loss.per_sample.sum() / phase.batch).backward(inputs=parameters)
         for name, rows in loss.statistics.items():
-            sums[name] += rows.detach().float().sum(dim=0)
+            sums[name] += rows.detach().to(dtype).sum(dim=0)
     reduce_gradients(parameters, list(sums.values()), sum_)
     bad = sum(int((~torch.isfinite(p.grad)).sum()) for p in parameters if p.grad is not None)
     report(f"nonfinite/{phase.name}", float(bad))

@@ -1,0 +1,138 @@
+"""What the tests share: tiny shard sets, a tiny run, commands called in this process, and launches of several processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from styleloom.datasets.shards import prepare
+from styleloom.datasets.sources import open_source
+from styleloom.scripts.cli import run
+from styleloom.scripts.train import read_settings
+
+SIDE, COUNT = 16, 42
+PRESET = "stylegan2-cpu"
+# Two levels of a few channels, all four phases, and cadences that do not coincide: ticks every 3 steps, checkpoints every
+# 5, snapshots every 7.
+TINY = """--network.z-dim 8 --network.w-dim 8 --network.mapping-layers 2 --network.channel-base 64 --network.mbstd-group 2
+    --recipe.pl-weight 2 --recipe.pl-interval 2 --recipe.r1-interval 3 --recipe.style-mixing 0.9 --data.mirror
+    --data.workers 0 --data.window 2 --batch 4 --total-kimg 0.048 --tick-kimg 0.012 --checkpoint-kimg 0.02
+    --snapshot-kimg 0.028""".split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """As in the processes that tests start: with another number of threads, sums differ in the last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """42 pictures of 16x16 in the folders cat, cow and dog (14 each): a coloured rectangle on noise."""
+    root = tmp_path_factory.mktemp("tiny") / "pictures"
+    rng = np.random.default_rng(0)
+    for i in range(COUNT):
+        path = root / ("cat", "cow", "dog")[i // 14] / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 60, (SIDE, SIDE, 3), np.uint8)
+        pixels[2 + i % 5 : 12, 1 : 6 + i % 7] = rng.integers(100, 256, 3)
+        Image.fromarray(pixels).save(path)
+    return root
+
+
+@pytest.fixture(scope="session")
+def unlabelled(pictures):
+    """A data set of 42 images without labels in 5 shards: 9, 9, 9, 9 and 6."""
+    return _shards(pictures, "unlabelled", "none", 9)
+
+
+@pytest.fixture(scope="session")
+def labelled(pictures):
+    """The same images in 3 classes, in one shard."""
+    return _shards(pictures, "labelled", "folders", 1000)
+
+
+def _shards(pictures: Path, name: str, labels: str, shard_images: int) -> Path:
+    folder = pictures.with_name(name)
+    prepare(
+        open_source(pictures, labels), folder, width=SIDE, height=SIDE, shard_images=shard_images, progress=False
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
+def arguments():
+    """(data, out, *more) -> the arguments of `styleloom train` for a tiny run of 12 steps."""
+
+    def make(data, out, *more) -> list[str]:
+        return [PRESET, *TINY, "--data.path", str(data), "--out", str(out), *map(str, more)]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def settings(arguments):
+    """(data, out, *more) -> the same as a Run."""
+
+    def make(data, out, *more):
+        preset, *fields = arguments(data, out, *more)
+        return read_settings(preset, fields)
+
+    return make
+
+
+@pytest.fixture
+def call(capsys):
+    """(main, *args) -> (exit status, stdout, stderr) of a command called in this process."""
+
+    def call(main, *args) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run(main, main.__module__.rpartition(".")[2], [str(a) for a in args])
+        out, err = capsys.readouterr()
+        assert isinstance(stop.value.code, int)
+        return stop.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(call):
+    """(main, *args) -> the complaint of a command that has to end in one or two lines on stderr and a status not 0."""
+
+    def refused(main, *args) -> str:
+        status, _, err = call(main, *args)
+        assert status != 0
+        assert 1 <= len(err.splitlines()) <= 2, err
+        assert "Traceback" not in err
+        assert err.startswith("styleloom ")
+        return err
+
+    return refused
+
+
+@pytest.fixture(scope="session")
+def python():
+    """(*args, ranks=0) -> a running `python ARGS`, or as many ranks of it, each on one thread of the CPU."""
+
+    def start(*args, ranks: int = 0) -> subprocess.Popen[str]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
+        environment = {key: value for key, value in os.environ.items() if key != "STYLELOOM_TRACEBACK"}
+        environment |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [sys.executable, *launcher, *map(str, args)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start

@@ -1,0 +1,91 @@
+"""training/losses.py: logistic losses by hand, R1 and path length where the answer is known in closed form."""
+
+import math
+
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from styleloom.training import losses
+
+LOGITS = torch.tensor([[-2.0], [0.0], [3.0]])
+
+
+def by_hand(sign):
+    return torch.tensor([math.log1p(math.exp(sign * x)) for x in (-2.0, 0.0, 3.0)])
+
+
+def test_logistic_losses():
+    torch.testing.assert_close(losses.logistic_generator(LOGITS), by_hand(-1))
+    torch.testing.assert_close(losses.logistic_discriminator_real(LOGITS), by_hand(-1))
+    torch.testing.assert_close(losses.logistic_discriminator_fake(LOGITS), by_hand(+1))
+
+
+def test_logistic_losses_are_finite_for_huge_logits():
+    huge = torch.tensor([[-1e4], [1e4]])
+    assert torch.equal(losses.logistic_generator(huge), torch.tensor([1e4, 0.0]))
+    assert torch.equal(losses.logistic_discriminator_fake(huge), torch.tensor([0.0, 1e4]))
+
+
+def test_logistic_losses_have_two_derivatives():
+    x = LOGITS.double().requires_grad_()
+    assert gradgradcheck(losses.logistic_generator, x)
+    assert gradgradcheck(losses.logistic_discriminator_fake, x)
+
+
+def test_r1_of_a_linear_discriminator_is_its_squared_weight():
+    x = torch.randn(3, 2, 4, 5, requires_grad=True)
+    w = torch.randn(2, 4, 5)
+    penalty = losses.r1_penalty(x, (x * w).sum(dim=[1, 2, 3])[:, None])
+    torch.testing.assert_close(penalty, w.square().sum().expand(3))
+
+
+def test_r1_of_a_quadratic_discriminator_and_its_gradient():
+    x = torch.randn(3, 2, 4, 5, requires_grad=True)
+    penalty = losses.r1_penalty(x, (x.square().sum(dim=[1, 2, 3]) / 2)[:, None])
+    torch.testing.assert_close(penalty, x.square().sum(dim=[1, 2, 3]))
+    (grad,) = torch.autograd.grad(penalty.sum(), x)
+    torch.testing.assert_close(grad, 2 * x)
+
+
+def test_r1_reaches_the_weights_of_the_discriminator():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 1, 2, 2, generator=g, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(4, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda w: losses.r1_penalty(x, (x.flatten(1) @ w).tanh().sum(dim=1, keepdim=True)), w)
+
+
+def linear_generator(seed=0):
+    """ws [N=2, num_ws=3, w_dim=5], A [5, 16], images = (sum of ws over layers) A as [N, 1, 4, 4], and noise like them."""
+    g = torch.Generator().manual_seed(seed)
+    ws = torch.randn(2, 3, 5, generator=g, dtype=torch.float64, requires_grad=True)
+    A = torch.randn(5, 16, generator=g, dtype=torch.float64, requires_grad=True)
+    noise = torch.randn(2, 1, 4, 4, generator=g, dtype=torch.float64)
+    return ws, A, noise
+
+
+def images_of(ws, A):
+    return (ws.sum(dim=1) @ A).reshape(-1, 1, 4, 4)
+
+
+def test_path_length_of_a_linear_generator():
+    ws, A, noise = linear_generator()
+    lengths = losses.path_lengths(images_of(ws, A), ws, noise)
+    expected = (A @ noise.flatten(1).T / 4).norm(dim=0)  # |A y| / sqrt(H W), the same at every layer
+    torch.testing.assert_close(lengths, expected)
+
+
+def test_path_length_averages_squares_over_layers():
+    ws, A, noise = linear_generator()
+    full = losses.path_lengths(images_of(ws, A), ws, noise)
+    third = losses.path_lengths((ws[:, 0] @ A).reshape(-1, 1, 4, 4), ws, noise)  # the other two layers do nothing
+    torch.testing.assert_close(third, full / 3**0.5)
+
+
+def test_path_length_reaches_the_weights_of_the_generator():
+    ws, A, noise = linear_generator()
+    assert gradcheck(lambda A: losses.path_lengths(images_of(ws, A), ws, noise), A)
+
+
+def test_path_length_penalty():
+    penalty = losses.path_length_penalty(torch.tensor([1.0, 4.0]), torch.tensor(3.0))
+    assert torch.equal(penalty, torch.tensor([4.0, 1.0]))
