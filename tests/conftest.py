@@ -1,11 +1,13 @@
-"""What the tests share: tiny shard sets, a tiny run, commands called in this process, and launches of several processes."""
+"""What the tests share: tiny shard sets, a tiny run, commands called in this process, launches of several processes."""
 
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -14,15 +16,19 @@ from styleloom.datasets.shards import prepare
 from styleloom.datasets.sources import open_source
 from styleloom.scripts.cli import run
 from styleloom.scripts.train import read_settings
+from styleloom.training.checkpoint import complete
+from styleloom.training.config import write_run
 
 SIDE, COUNT = 16, 42
 PRESET = "stylegan2-cpu"
-# Two levels of a few channels, all four phases, and cadences that do not coincide: ticks every 3 steps, checkpoints every
-# 5, snapshots every 7.
-TINY = """--network.z-dim 8 --network.w-dim 8 --network.mapping-layers 2 --network.channel-base 64 --network.mbstd-group 2
-    --recipe.pl-weight 2 --recipe.pl-interval 2 --recipe.r1-interval 3 --recipe.style-mixing 0.9 --data.mirror
-    --data.workers 0 --data.window 2 --batch 4 --total-kimg 0.048 --tick-kimg 0.012 --checkpoint-kimg 0.02
-    --snapshot-kimg 0.028""".split()
+# Few channels, all four phases, and cadences that do not coincide: ticks every 3 steps, checkpoints every 5, snapshots
+# every 7.
+TINY = [
+    "--network.z-dim=8", "--network.w-dim=8", "--network.mapping-layers=2", "--network.channel-base=64",
+    "--network.mbstd-group=2", "--recipe.pl-weight=2", "--recipe.pl-interval=2", "--recipe.r1-interval=3",
+    "--recipe.style-mixing=0.9", "--data.mirror", "--data.workers=0", "--data.window=2", "--batch=4",
+    "--total-kimg=0.048", "--tick-kimg=0.012", "--checkpoint-kimg=0.02", "--snapshot-kimg=0.028",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -136,3 +142,51 @@ def python():
         )
 
     return start
+
+
+@pytest.fixture(scope="session")
+def kill():
+    """(process, run's folder) -> kills a launched training, with all its processes, after its first checkpoint."""
+
+    def kill(process: subprocess.Popen[str], out: Path) -> None:
+        give_up = time.monotonic() + 120
+        while not complete(out / "checkpoints") and process.poll() is None and time.monotonic() < give_up:
+            time.sleep(0.002)
+        family = psutil.Process(process.pid)
+        for each in [family, *family.children(recursive=True)]:
+            each.kill()
+        said = process.communicate(timeout=60)
+        assert complete(out / "checkpoints"), said
+        assert "Done" not in said[0], "it ended before it could be killed"
+
+    return kill
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory, unlabelled, labelled, arguments, settings, python, kill):
+    """The folder with all that two_ranks.py did on two ranks. Its run `killed` had been killed and was taken up again."""
+    root = tmp_path_factory.mktemp("two_ranks")
+    (root / "runs").mkdir()
+    long = ["--total-kimg=0.096", "--keep-checkpoints=9"]
+    runs = {
+        "gradients": settings(unlabelled, ""),
+        "labelled": settings(labelled, "", "--data.labels"),
+        "few": settings(unlabelled, "", "--recipe.pl-batch-shrink=4"),
+        "whole": settings(unlabelled, root / "whole", *long),
+        "killed": settings(unlabelled, root / "killed", *long),
+        "stopped": settings(unlabelled, root / "stopped", "--total-kimg=9"),
+    }
+    for name, run in runs.items():
+        write_run(run, root / "runs" / f"{name}.json")
+    command = arguments(unlabelled, root / "killed", *long)
+    kill(python("-m", "styleloom.scripts.train", *command, ranks=2), root / "killed")
+    process = python(Path(__file__).with_name("two_ranks.py"), root, root / "runs", ranks=2)
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        for each in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+            each.kill()
+        process.kill()
+    assert process.returncode == 0, err
+    (root / "stdout.txt").write_text(out)
+    return root

@@ -106,8 +106,8 @@ def test_resolution():
             parse_resolution(text)
 
 
-def start(source, dest, workers: int = 2) -> subprocess.Popen:
-    command = [*COMMAND, *arguments(source, dest, workers)]
+def start(source, dest, workers: int = 2, *more: str) -> subprocess.Popen:
+    command = [*COMMAND, *arguments(source, dest, workers, *more)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -169,12 +169,24 @@ def test_stopped_it_says_that_it_continues(slow, tmp_path, number, workers):
 @pytest.mark.skipif(sys.platform != "linux", reason="has no fork server")
 def test_stopped_while_the_workers_start_it_says_so_too(slow, tmp_path):
     process = start(slow, tmp_path / "data")
-    wait_until(lambda: len(descendants(process)) == 2)  # the fork server, which imports, and the resource tracker
+    wait_until(lambda: len(descendants(process)) == 2)  # the fork server and the resource tracker
+    time.sleep(0.4)  # the server imports now
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130
     lines = [line for line in err.splitlines() if line.strip() and not line.startswith("preparing: ")]
     assert len(lines) == 1
+
+
+def test_stopping_does_not_wait_for_shards_to_be_done(slow, tmp_path):
+    dest = tmp_path / "data"
+    process = start(slow, dest, 2, "--shard-images", "12")
+    wait_until(lambda: list(dest.glob("*.tar.*.tmp")))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert [path.name for path in dest.iterdir()] == [WORK]
+    assert records(dest) == []
 
 
 def test_a_killed_worker_is_told_and_does_not_hang(slow, tmp_path):

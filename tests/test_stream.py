@@ -1,4 +1,4 @@
-"""datasets/stream.py: every sample once an epoch, the same global batches for any ranks and workers, from any position."""
+"""datasets/stream.py: every sample once an epoch, the same global batches for any ranks and workers, from anywhere."""
 
 import itertools
 import multiprocessing

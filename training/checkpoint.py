@@ -196,7 +196,9 @@ def read_snapshot(path: Path) -> dict[str, Any]:
         about["run"] = Run.model_validate(about["run"])
         return about | {key: about[key] for key in ("nimg", "width", "height", "channels", "class_names")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path / 'snapshot.json'} is not a snapshot that this version reads: {_brief(error)}") from None
+        raise ValueError(
+            f"{path / 'snapshot.json'} is not a snapshot that this version reads: {_brief(error)}"
+        ) from None
 
 
 def load_generator(path: Path) -> tuple[Generator, dict[str, Any]]:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tqdm import tqdm
@@ -23,15 +23,16 @@ from .trainer import Training
 class Stop:
     """Whether SIGTERM or Ctrl-C has come. The first ends training in good order; a second Ctrl-C ends it at once."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> Self:
         self.signal = 0
         self.before = {s: signal.signal(s, self._take) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
 
     def _take(self, number: int, _: FrameType | None) -> None:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def restore(self) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -60,34 +61,31 @@ def train(run: Run, team: Team) -> int:
         training.initialise(Path(run.init))
     writer = start_writing(training, out) if team.main else None
 
-    stop, start = Stop(), training.nimg
-    reals = training.stream()
-    bar = tqdm(total=total, initial=start, unit="img", disable=not (team.main and sys.stderr.isatty()), leave=False)
-    tick = Tick(training)
-    while training.nimg < total and not team.any(bool(stop.signal)):
-        before = training.nimg
-        with tick.waiting():
-            images, labels = next(reals)
-        with tick.working():
-            training.step(images, labels)
-        bar.update(run.batch)
+    shown = team.main and sys.stderr.isatty()
+    bar = tqdm(total=total, initial=training.nimg, unit="img", disable=not shown, leave=False)
+    with Stop() as stop, contextlib.closing(training.stream()) as reals, bar:
+        tick = Tick(training)
+        while training.nimg < total and not team.any(bool(stop.signal)):
+            before = training.nimg
+            with tick.waiting():
+                images, labels = next(reals)
+            with tick.working():
+                training.step(images, labels)
+            bar.update(run.batch)
 
-        nimg, last = training.nimg, training.nimg >= total
-        if last or schedule.crossed(before, nimg, round(run.tick_kimg * 1000)):
-            means = report.collect(team.sum_named)
-            if writer:
-                timing = tick.timing()
-                writer.line({"nimg": nimg, **timing, **means})
-                bar.write(tick_text(nimg, total, timing, means), file=sys.stdout)
-                sys.stdout.flush()
-            tick = Tick(training)
-        if writer and (last or schedule.crossed(before, nimg, round(run.snapshot_kimg * 1000))):
-            training.snapshot(writer)
-        if last or schedule.crossed(before, nimg, round(run.checkpoint_kimg * 1000)):
-            training.save()
-    reals.close()
-    bar.close()
-    stop.restore()
+            nimg, last = training.nimg, training.nimg >= total
+            if last or schedule.crossed(before, nimg, round(run.tick_kimg * 1000)):
+                means = report.collect(team.sum_named)
+                if writer:
+                    timing = tick.timing()
+                    writer.line({"nimg": nimg, **timing, **means})
+                    bar.write(tick_text(nimg, total, timing, means), file=sys.stdout)
+                    sys.stdout.flush()
+                tick = Tick(training)
+            if writer and (last or schedule.crossed(before, nimg, round(run.snapshot_kimg * 1000))):
+                training.snapshot(writer)
+            if last or schedule.crossed(before, nimg, round(run.checkpoint_kimg * 1000)):
+                training.save()
     return finish(training, total, stop.signal, writer)
 
 
@@ -158,7 +156,7 @@ class Tick:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU the most that tensors took since the last call, on the CPU the most that the process ever took."""
+    """Bytes: on a GPU the most that tensors took since the last call, on the CPU the most the process ever took."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ...ops.bias_act import bias_act
+from ...ops.bias_act import GAINS, bias_act
 from ...ops.conv2d import conv2d
 
 
@@ -54,12 +54,22 @@ class Conv2d(nn.Module):
 
     def forward(self, x: Tensor, f: Tensor | None = None, gain: float | None = None, clamp: float | None = None):
         """`f` low-pass filter when down-sampling; `gain`, `clamp` as in `bias_act`. Computes in the dtype of `x`."""
-        x = conv2d(x, self.weight * self.weight_gain, f, down=self.down)
-        return bias_act(x, self.bias, self.act, gain, clamp)
+        # Both activations are positively homogeneous: act(gain * x) = gain * act(x), so the weights carry the gain.
+        gain = GAINS[self.act] if gain is None else gain
+        bias = None if self.bias is None else self.bias * gain
+        x = conv2d(x, self.weight * (self.weight_gain * gain), f, down=self.down, bias=bias)
+        return bias_act(x, None, self.act, gain=1, clamp=clamp)
 
 
 def modulated_conv2d(
-    x: Tensor, weight: Tensor, styles: Tensor, f: Tensor | None = None, up: int = 1, demodulate: bool = True
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    f: Tensor | None = None,
+    up: int = 1,
+    demodulate: bool = True,
+    noise: Tensor | None = None,
+    gain: float = 1.0,
 ) -> Tensor:
     """Convolution whose weights are scaled per sample (Karras et al. 2020, StyleGAN2, section 2.2, eqs. 1 and 3).
 
@@ -71,6 +81,8 @@ def modulated_conv2d(
         weight: [C_out, C_in, k, k], fp32.
         styles: [N, C_in], fp32.
         f, up: low-pass filter and up-sampling factor, as in `conv2d`.
+        noise: [N, 1, H * up, W * up] or [H * up, W * up], added to the result.
+        gain: factor on the result and on the noise; only with `demodulate`, whose coefficients carry it.
 
     Returns:
         [N, C_out, H * up, W * up], dtype of `x`.
@@ -80,11 +92,14 @@ def modulated_conv2d(
         weight = weight / weight.abs().amax(dim=[1, 2, 3], keepdim=True) / math.sqrt(weight[0].numel())
         styles = styles / styles.abs().amax(dim=1, keepdim=True)
     y = conv2d(x * styles.to(x.dtype)[:, :, None, None], weight, f, up=up)
-    if demodulate:
-        power = weight.square().sum(dim=[2, 3])  # [C_out, C_in]
-        d = (styles.square() @ power.t() + 1e-8).rsqrt()  # [N, C_out]
-        y = y * d.to(y.dtype)[:, :, None, None]
-    return y
+    if not demodulate:
+        assert noise is None
+        assert gain == 1
+        return y
+    power = weight.square().sum(dim=[2, 3])  # [C_out, C_in]
+    d = gain * (styles.square() @ power.t() + 1e-8).rsqrt()  # [N, C_out]
+    d = d.to(y.dtype)[:, :, None, None]
+    return y * d if noise is None else torch.addcmul((noise * gain).to(y.dtype), y, d)
 
 
 def minibatch_std(x: Tensor, group: int) -> Tensor:
@@ -103,6 +118,7 @@ def minibatch_std(x: Tensor, group: int) -> Tensor:
     if N % group:
         raise ValueError(f"{N} samples do not divide into minibatch-std groups of {group}")
     y = x.reshape(group, N // group, C, H, W)
-    y = (y.var(dim=0, unbiased=False) + 1e-8).sqrt().mean(dim=[1, 2, 3])  # [N / group]
+    y = (y - y.mean(dim=0)).square().mean(dim=0)  # torch's var along the first dimension is many times slower
+    y = (y + 1e-8).sqrt().mean(dim=[1, 2, 3])  # [N / group]
     y = y.repeat(group)[:, None, None, None].expand(-1, -1, H, W)
     return torch.cat([x, y], dim=1)

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ...ops.bias_act import bias_act
+from ...ops.bias_act import GAINS, bias_act
 from ...ops.upfirdn2d import setup_filter, upsample2d
 from .layers import Conv2d, Linear, minibatch_std, modulated_conv2d, normalize_2nd_moment
 
@@ -104,12 +104,13 @@ class SynthesisLayer(nn.Module):
     def forward(self, x: Tensor, w: Tensor, f: Tensor, noise: Tensor | str, clamp: float | None) -> Tensor:
         styles = self.affine(w)
         # Demodulation makes the weight's scale irrelevant, so there is no weight gain here.
-        x = modulated_conv2d(x, self.weight, styles, f, self.up)
-        if noise == "const":
-            noise = self.noise_const
-        if isinstance(noise, Tensor):
-            x = x + (noise * self.noise_strength).to(x.dtype)
-        return bias_act(x, self.bias, "lrelu", clamp=clamp)
+        if isinstance(noise, str):
+            noise_map = self.noise_const * self.noise_strength if noise == "const" else None
+        else:
+            noise_map = noise * self.noise_strength
+        gain = GAINS["lrelu"]  # leaky ReLU is positively homogeneous: its gain can be applied before it, for free
+        x = modulated_conv2d(x, self.weight, styles, f, self.up, noise=noise_map, gain=gain)
+        return bias_act(x, self.bias * gain, "lrelu", gain=1, clamp=clamp)
 
 
 class ToRGB(nn.Module):

@@ -59,7 +59,7 @@ class StyleGAN2:
         r = self.settings
         intervals = [phase.interval for phase in self.phases if phase.trains == name]
         lr, beta2 = schedule.lazy(r.lr, r.beta2, intervals)
-        return Adam(self.networks[name].parameters(), lr=lr, betas=(0.0, beta2), eps=r.eps)
+        return Adam(self.networks[name].parameters(), lr=lr, betas=(0.0, beta2), eps=r.eps, fused=True)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"pl_mean": self.pl_mean}

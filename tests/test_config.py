@@ -1,0 +1,172 @@
+"""training/config.py: the one description of a run."""
+
+import ast
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from styleloom.training import config
+from styleloom.training.config import (
+    FREE,
+    PRESETS,
+    Run,
+    Section,
+    StyleGAN2Network,
+    flat,
+    protected_differences,
+    read_run,
+    write_run,
+)
+
+
+def changed(run, **dotted):
+    """`run` with the fields (dots written as __) set, validated again."""
+    values = run.model_dump()
+    for name, value in dotted.items():
+        *sections, field = name.split("__")
+        inner = values
+        for section in sections:
+            inner = inner[section]
+        inner[field] = value
+    return Run.model_validate(values)
+
+
+def test_the_presets_of_the_contract_are_there():
+    assert {"stylegan2-cpu", "stylegan2-256", "stylegan2-512", "stylegan2-1024"} <= set(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_carry_their_name(name):
+    run = PRESETS[name]
+    assert run.preset == name
+    assert Run.model_validate(run.model_dump()) == run
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_round_trip_through_run_json(name, tmp_path):
+    run = changed(PRESETS[name], data__path="/somewhere/ä", seed=2**63 - 1, recipe__r1_gamma=0.1)
+    write_run(run, tmp_path / "run.json")
+    assert read_run(tmp_path / "run.json") == run
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("section", [None, "data", "network", "recipe", "ema"])
+def test_unknown_fields_are_refused_by_name(section, tmp_path):
+    values = Run().model_dump()
+    (values[section] if section else values)["colour"] = 1
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    with pytest.raises(ValidationError, match="colour"):
+        read_run(tmp_path / "run.json")
+
+
+def test_a_cut_run_json_is_a_value_error(tmp_path):
+    write_run(Run(), tmp_path / "run.json")
+    text = (tmp_path / "run.json").read_text()
+    (tmp_path / "run.json").write_text(text[: len(text) // 2])
+    with pytest.raises(ValueError, match="Invalid JSON"):
+        read_run(tmp_path / "run.json")
+
+
+def test_runs_are_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        Run().seed = 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", -1),
+        ("seed", 2**63),
+        ("batch", 0),
+        ("total_kimg", 0),
+        ("precision", "fp64"),
+        ("recipe__lr", 0),
+        ("recipe__style_mixing", 1.5),
+        ("recipe__pl_interval", 0),
+        ("network__mbstd_group", 0),
+        ("network__kind", "stylegan3"),
+    ],
+)
+def test_values_out_of_range_are_refused(name, value):
+    with pytest.raises(ValidationError, match=name.split("__")[-1]):
+        changed(Run(), **{name: value})
+
+
+@pytest.mark.parametrize(("batch", "passes", "group"), [(6, 1, 4), (8, 4, 4), (9, 2, 1), (12, 2, 4)])
+def test_a_batch_must_divide_into_minibatch_std_groups(batch, passes, group):
+    with pytest.raises(ValidationError, match="change batch, passes or network.mbstd_group"):
+        Run(batch=batch, passes=passes, network=StyleGAN2Network(mbstd_group=group))
+    assert Run(batch=group * passes, passes=passes, network=StyleGAN2Network(mbstd_group=group)).batch == group * passes
+
+
+def test_flat_has_dotted_names():
+    values = flat(Run(seed=5))
+    assert values["seed"] == 5
+    assert values["recipe.lr"] == 0.0025
+    assert not any(isinstance(value, dict) for value in values.values())
+
+
+def test_protected_differences_name_what_differs():
+    old = PRESETS["stylegan2-cpu"]
+    new = changed(old, seed=1, recipe__lr=0.001, network__z_dim=64)
+    assert sorted(protected_differences(old, new)) == [
+        "network.z_dim: 128 -> 64",
+        "recipe.lr: 0.0025 -> 0.001",
+        "seed: 0 -> 1",
+    ]
+    assert protected_differences(old, old) == []
+
+
+def test_free_fields_exist_and_may_change():
+    old = Run()
+    values = {"data.path": "elsewhere", "data.verify": "hash", "out": "there", "init": "snapshot"}
+    new = changed(old, **{name.replace(".", "__"): values.get(name, 7) for name in FREE})
+    assert {name for name in flat(old) if flat(old)[name] != flat(new)[name]} == FREE
+    assert protected_differences(old, new) == []
+
+
+def test_what_shapes_the_result_is_protected():
+    """A field added to FREE by mistake would silently break exact resume."""
+    for name in flat(Run()):
+        if name.startswith(("network.", "recipe.", "ema.")) or name in ("seed", "batch", "data.window", "precision"):
+            assert name not in FREE
+
+
+def fields_and_help():
+    """(class, field, the string below it or None) of every plain field in the sections' source."""
+    sections = {name: x for name, x in vars(config).items() if isinstance(x, type) and issubclass(x, Section)}
+    for node in ast.parse(inspect.getsource(config)).body:
+        if not (isinstance(node, ast.ClassDef) and node.name in sections):
+            continue
+        for item, below in zip(node.body, [*node.body[1:], None], strict=True):
+            if not isinstance(item, ast.AnnAssign) or ast.unparse(item.annotation) in sections:
+                continue
+            said = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
+            yield node.name, ast.unparse(item.target), said
+
+
+def test_every_field_has_a_sentence_of_help():
+    found = list(fields_and_help())
+    assert len(found) == len(flat(Run()))  # none overlooked
+    for section, field, said in found:
+        assert said, f"{section}.{field}: no help"
+        assert said.endswith("."), f"{section}.{field}: {said!r} is not a sentence"
+        assert len(said.split()) > 2, f"{section}.{field}: {said!r} says nothing"
+
+
+def test_a_write_that_fails_leaves_the_old_run_json(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    write_run(Run(seed=1), path)
+    whole = Path.write_text
+
+    def full_disk(self, data, *args, **kwargs):
+        whole(self, data[:20], *args, **kwargs)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_run(Run(seed=2), path)
+    assert read_run(path) == Run(seed=1)

@@ -1,0 +1,161 @@
+"""training/networks/layers.py: modulated convolution, minibatch std, equalised learning rate."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradgradcheck
+
+from styleloom.ops.upfirdn2d import reference, setup_filter
+from styleloom.training.networks.layers import Conv2d, Linear, minibatch_std, modulated_conv2d, normalize_2nd_moment
+
+FILTER = setup_filter([1, 3, 3, 1])
+
+
+def randn(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=dtype)
+
+
+def by_materialised_weights(x, weight, styles, up, demodulate):
+    """StyleGAN2's eqs. 1 and 3 as they stand: one weight tensor for each sample, applied with a grouped convolution."""
+    N, C, H, W = x.shape
+    w = weight[None] * styles[:, None, :, None, None]  # eq. 1: [N, C_out, C_in, k, k]
+    if demodulate:
+        w = w / (w.square().sum(dim=[2, 3, 4], keepdim=True) + 1e-8).sqrt()  # eq. 3
+    p = weight.shape[-1] // 2
+    if up == 2:
+        x = reference(x, FILTER, up=2, padding=[p + 2, p + 1, p + 2, p + 1], gain=4)
+        w = w.flip([3, 4])
+    else:
+        x = F.pad(x, [p, p, p, p])
+    y = F.conv2d(x.reshape(1, N * C, *x.shape[2:]), w.flatten(0, 1), groups=N)
+    return y.reshape(N, -1, H * up, W * up)
+
+
+@pytest.mark.parametrize("demodulate", [True, False])
+@pytest.mark.parametrize(("k", "up"), [(3, 1), (3, 2), (1, 1)])
+def test_modulated_conv2d_equals_materialised_weights(k, up, demodulate):
+    tensors = randn(3, 4, 5, 6), randn(7, 4, k, k), randn(3, 4)
+    for t in tensors:
+        t.requires_grad_()
+    y = modulated_conv2d(*tensors, FILTER, up, demodulate)
+    expected = by_materialised_weights(*tensors, up, demodulate)
+    torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+    dy = randn(*y.shape, seed=1)
+    for mine, theirs in zip(*(torch.autograd.grad(out, tensors, dy) for out in (y, expected)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("up", [1, 2])
+def test_modulated_conv2d_second_derivatives(up):
+    tensors = randn(2, 2, 2, 2), randn(2, 2, 3, 3), randn(2, 2)
+    for t in tensors:
+        t.requires_grad_()
+    assert gradgradcheck(lambda x, w, s: modulated_conv2d(x, w, s, FILTER, up), tensors)
+
+
+def test_demodulation_gives_unit_variance():
+    x, weight = randn(4, 32, 16, 16, dtype=torch.float32), 7 * randn(24, 32, 3, 3, dtype=torch.float32)
+    styles = 50 * randn(4, 32, dtype=torch.float32)
+    y = modulated_conv2d(x, weight, styles)[:, :, 1:-1, 1:-1]
+    torch.testing.assert_close(y.std(dim=[0, 2, 3]), torch.ones(24), rtol=0.15, atol=0)
+    raw = modulated_conv2d(x, weight, styles, demodulate=False)
+    assert raw.std() > 1000  # so it is the demodulation that does it
+
+
+@pytest.mark.parametrize("up", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_is_close_to_fp32(dtype, up):
+    x, weight = randn(2, 16, 8, 8, dtype=torch.float32), randn(12, 16, 3, 3, dtype=torch.float32)
+    styles = randn(2, 16, dtype=torch.float32) + 1
+    expected = modulated_conv2d(x, weight, styles, FILTER, up)
+    y = modulated_conv2d(x.to(dtype), weight, styles, FILTER, up)
+    assert y.dtype == dtype
+    error = (y.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    assert error < {torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e5])
+def test_fp16_survives_extreme_styles(scale):
+    x, weight = randn(2, 64, 8, 8, dtype=torch.float32), 100 * randn(8, 64, 3, 3, dtype=torch.float32)
+    styles = scale * randn(2, 64, dtype=torch.float32)
+    y = modulated_conv2d(x.half(), weight, styles, FILTER)
+    assert y.isfinite().all()
+    expected = modulated_conv2d(x, weight, styles, FILTER)
+    torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)
+
+
+def test_minibatch_std_by_hand():
+    x = torch.tensor([0.0, 10.0, 4.0, 16.0]).reshape(4, 1, 1, 1).repeat(1, 1, 2, 3)
+    y = minibatch_std(x, group=2)  # groups {0, 4} and {10, 16}: standard deviations 2 and 3
+    assert torch.equal(y[:, :1], x)
+    expected = torch.tensor([2.0, 3.0, 2.0, 3.0]).reshape(4, 1, 1, 1).expand(4, 1, 2, 3)
+    torch.testing.assert_close(y[:, 1:], expected)
+
+
+def test_minibatch_std_averages_over_channels_and_pixels():
+    x = randn(4, 3, 2, 5)
+    y = minibatch_std(x, group=4)
+    assert y.shape == (4, 4, 2, 5)
+    torch.testing.assert_close(y[:, 3], x.std(dim=0, correction=0).mean().expand(4, 2, 5))
+
+
+def test_minibatch_std_of_equal_samples_has_a_finite_gradient():
+    x = torch.ones(2, 1, 2, 2, requires_grad=True)
+    (grad,) = torch.autograd.grad(minibatch_std(x, 2).sum(), x)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_minibatch_std_of_strided_rows_is_that_of_the_whole_batch(world):
+    x = randn(16, 3, 4, 4)
+    whole = minibatch_std(x, group=4)
+    for rank in range(world):
+        torch.testing.assert_close(minibatch_std(x[rank::world], group=4), whole[rank::world])
+
+
+def test_minibatch_std_names_sizes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"6 samples .* groups of 4"):
+        minibatch_std(torch.zeros(6, 1, 2, 2), 4)
+
+
+def power(y):
+    return y.square().mean().item()
+
+
+@pytest.mark.parametrize("lr_mul", [1.0, 0.01])
+def test_linear_has_unit_variance_at_the_start(lr_mul):
+    torch.manual_seed(0)
+    layer = Linear(256, 256, lr_mul=lr_mul)
+    assert power(layer(torch.randn(64, 256))) == pytest.approx(1, abs=0.1)
+    assert layer.weight.std().item() == pytest.approx(1 / lr_mul, rel=0.05)
+
+
+@pytest.mark.parametrize(("k", "channels"), [(1, 256), (3, 32)])
+def test_conv2d_has_unit_variance_at_the_start(k, channels):
+    torch.manual_seed(0)
+    layer = Conv2d(channels, 128, k)
+    y = layer(torch.randn(4, channels, 12, 12))[:, :, 1:-1, 1:-1]
+    assert power(y) == pytest.approx(1, abs=0.1)
+    assert layer.weight.std().item() == pytest.approx(1, rel=0.05)
+
+
+def test_leaky_relu_keeps_it():
+    torch.manual_seed(0)
+    assert power(Linear(256, 256, act="lrelu")(torch.randn(64, 256))) == pytest.approx(1.04, abs=0.1)
+    assert power(Conv2d(256, 64, 1, act="lrelu")(torch.randn(4, 256, 8, 8))) == pytest.approx(1.04, abs=0.1)
+
+
+@pytest.mark.parametrize("act", ["linear", "lrelu"])
+def test_bias_init_is_the_bias_applied(act):
+    layer = Linear(4, 3, act=act, lr_mul=0.01, bias_init=2.0)
+    torch.testing.assert_close(layer(torch.zeros(1, 4)), torch.full([1, 3], 2.0 * (2**0.5 if act == "lrelu" else 1)))
+
+
+def test_conv2d_without_bias_has_none():
+    assert Conv2d(2, 3, 1, bias=False).bias is None
+    assert torch.equal(Conv2d(2, 3, 3).bias, torch.zeros(3))
+
+
+def test_normalize_2nd_moment():
+    x = torch.tensor([[3.0, -3.0, 3.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(normalize_2nd_moment(x), torch.tensor([[1.0, -1.0, 1.0], [0.0, 0.0, 0.0]]))

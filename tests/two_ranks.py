@@ -1,0 +1,158 @@
+"""What two ranks have to do for the tests, in one launch: `torchrun ... two_ranks.py RESULTS DATA LABELLED RUN.json ...`
+
+Each task writes what it found into RESULTS; conftest.py's `two_ranks` starts this file, and the tests judge.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from styleloom.training import report
+from styleloom.training.config import Run, read_run
+from styleloom.training.distributed import Team
+from styleloom.training.loop import train
+from styleloom.training.phases import run_phase
+from styleloom.training.trainer import Training
+
+
+class Alone:
+    """A team of one, for the same work in the same process."""
+
+    rank, world, local_world, main = 0, 1, 1, True
+    device = torch.device("cpu")
+
+    def sum_(self, x: Tensor) -> Tensor:
+        return x
+
+    def sum_named(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return values
+
+    def gather(self, objects: list) -> list:
+        return objects
+
+
+def in_double(run: Run, team) -> Training:
+    """A training in float64 whose parameters are all away from 0, so that no gradient vanishes by chance."""
+    training = Training(run, team)
+    training.recipe.pl_mean = training.recipe.pl_mean.double().fill_(0.3)
+    generator = torch.Generator().manual_seed(1)
+    for network in training.recipe.networks.values():
+        network.double()
+        for parameter in network.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data += 0.1 * noise
+    training.nimg = 8  # not at the beginning
+    return training
+
+
+def phase_results(run: Run, team, spoil: bool = False) -> dict[str, Tensor]:
+    """Of every phase: PHASE/NETWORK.PARAMETER -> the gradient, and what the phase leaves in the recipe.
+
+    spoil: one pixel that only the last rank sees is not a number.
+    """
+    training = in_double(run, team)
+    reals, classes = training.to_device(*next(training.stream()))
+    reals = reals.double()
+    if spoil and team.rank == team.world - 1:
+        reals[-1, 0, 3, 3] = float("nan")
+    out = {}
+    for phase in training.recipe.phases:
+        networks = training.recipe.networks
+        before = {name: x.clone() for name, x in networks[phase.trains].state_dict().items()}
+        optimizer = training.recipe.optimizers[phase.trains]
+        passes = training.passes(phase, reals, classes)
+        report.Report.load_state_dict({})
+        stepped = run_phase(phase, networks, optimizer, passes, team.sum_)
+        found = {
+            f"{phase.trains}.{name}": p.grad
+            for name, p in networks[phase.trains].named_parameters()
+            if p.grad is not None
+        }
+        found |= {
+            "stepped": torch.tensor(stepped),
+            "rows": torch.tensor([len(part) for part in passes]),
+            "bad": report.Report.state_dict()[f"nonfinite/{phase.name}"],
+            "changed": torch.tensor(
+                any(not torch.equal(x, before[name]) for name, x in networks[phase.trains].state_dict().items())
+            ),
+            "w_avg": training.recipe.G.mapping.w_avg,
+            "pl_mean": training.recipe.pl_mean,
+        }
+        out |= {f"{phase.name}/{name}": x.clone() for name, x in found.items()}
+    report.Report.load_state_dict({})
+    return out
+
+
+def gradients(results: Path, name: str, run: Run, team: Team, spoil: bool = False) -> None:
+    """Files NAME-2-RANK of both ranks, and NAME-1 of the same work done alone."""
+    save_file(phase_results(run, team, spoil), results / f"{name}-2-{team.rank}.safetensors")
+    if team.main:
+        save_file(phase_results(run, Alone(), spoil), results / f"{name}-1.safetensors")
+
+
+def sums(results: Path, team: Team) -> None:
+    """Sums over the ranks, of names that not all have."""
+    mine: dict[str, Tensor] = {"both": torch.tensor([1.0, 2.0]) * (team.rank + 1)}
+    mine[f"only {team.rank}"] = torch.full([2, 2], 7.0, dtype=torch.float64)
+    found = {
+        "named": {name: x.tolist() for name, x in team.sum_named(mine).items()},
+        "nothing": team.sum_named({}),
+        "any": [team.any(False), team.any(team.rank == 1), team.any(team.rank == 0), team.any(True)],
+        "gathered": team.gather([f"of {team.rank}"]),
+        "sum": team.sum_(torch.tensor([1.5, float(team.rank)], dtype=torch.float64)).tolist(),
+        "world": [team.world, team.local_world, team.main],
+    }
+    (results / f"sums-{team.rank}.json").write_text(json.dumps(found))
+
+
+def stopped(results: Path, run: Run, team: Team) -> None:
+    """A run of which only the second rank is told to stop."""
+    if team.rank == 1:
+        checkpoints = Path(run.out) / "checkpoints"
+
+        def stop() -> None:
+            while not list(checkpoints.glob("nimg-*[0-9]")):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        threading.Thread(target=stop, daemon=True).start()
+    status = train(run, team)
+    (results / f"stopped-{team.rank}.json").write_text(json.dumps(status))
+
+
+def main(results: Path, runs: Path) -> None:
+    team = Team()
+
+    def run(name: str) -> Run:
+        return read_run(runs / f"{name}.json")
+
+    tasks = {
+        "sums": lambda: sums(results, team),
+        "gradients": lambda: gradients(results, "gradients", run("gradients"), team),
+        "labelled": lambda: gradients(results, "labelled", run("labelled"), team),
+        "few": lambda: gradients(results, "few", run("few"), team),
+        "spoilt": lambda: gradients(results, "spoilt", run("gradients"), team, spoil=True),
+        "whole": lambda: train(run("whole"), team),
+        "resumed": lambda: train(run("killed"), team),
+        "stopped": lambda: stopped(results, run("stopped"), team),
+    }
+    for name, task in tasks.items():
+        try:
+            task()
+        except Exception:
+            (results / f"{name}-failed-{team.rank}.txt").write_text(traceback.format_exc())
+            raise
+    team.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
