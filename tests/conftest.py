@@ -25,8 +25,8 @@ PRESET = "stylegan2-cpu"
 # every 7.
 TINY = [
     "--network.z-dim=8", "--network.w-dim=8", "--network.mapping-layers=2", "--network.channel-base=64",
-    "--network.mbstd-group=2", "--recipe.pl-weight=2", "--recipe.pl-interval=2", "--recipe.r1-interval=3",
-    "--recipe.style-mixing=0.9", "--data.mirror", "--data.workers=0", "--data.window=2", "--batch=4",
+    "--network.mbstd-group=2", "--recipe.pl-weight=2", "--recipe.pl-interval=2",
+    "--recipe.r1-interval=3", "--recipe.r1-gamma=10", "--recipe.style-mixing=0.9", "--data.mirror", "--data.workers=0", "--data.window=2", "--batch=4",
     "--total-kimg=0.048", "--tick-kimg=0.012", "--checkpoint-kimg=0.02", "--snapshot-kimg=0.028",
 ]  # fmt: skip
 
@@ -164,7 +164,7 @@ def kill():
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory, unlabelled, labelled, arguments, settings, python, kill):
-    """The folder with all that two_ranks.py did on two ranks. Its run `killed` had been killed and was taken up again."""
+    """The folder with all that two_ranks.py did on two ranks; its run `killed` had been killed and was taken up again."""
     root = tmp_path_factory.mktemp("two_ranks")
     (root / "runs").mkdir()
     long = ["--total-kimg=0.096", "--keep-checkpoints=9"]
@@ -176,8 +176,8 @@ def two_ranks(tmp_path_factory, unlabelled, labelled, arguments, settings, pytho
         "killed": settings(unlabelled, root / "killed", *long),
         "stopped": settings(unlabelled, root / "stopped", "--total-kimg=9"),
     }
-    for name, run in runs.items():
-        write_run(run, root / "runs" / f"{name}.json")
+    for name, its in runs.items():
+        write_run(its, root / "runs" / f"{name}.json")
     command = arguments(unlabelled, root / "killed", *long)
     kill(python("-m", "styleloom.scripts.train", *command, ranks=2), root / "killed")
     process = python(Path(__file__).with_name("two_ranks.py"), root, root / "runs", ranks=2)

@@ -24,7 +24,7 @@ def test_sample_seed_stays_what_it_was(arguments, expected):
 def test_sample_seed_fits_a_torch_generator():
     seeds = [sample_seed(0, "x", i) for i in range(1000)]
     assert len(set(seeds)) == 1000
-    assert 0 <= min(seeds)
+    assert min(seeds) >= 0
     assert 2**62 < max(seeds) < 2**63
 
 

@@ -55,7 +55,7 @@ def test_r1_reaches_the_weights_of_the_discriminator():
 
 
 def linear_generator(seed=0):
-    """ws [N=2, num_ws=3, w_dim=5], A [5, 16], images = (sum of ws over layers) A as [N, 1, 4, 4], and noise like them."""
+    """ws [N=2, num_ws=3, w_dim=5], A [5, 16], noise [N, 1, 4, 4]."""
     g = torch.Generator().manual_seed(seed)
     ws = torch.randn(2, 3, 5, generator=g, dtype=torch.float64, requires_grad=True)
     A = torch.randn(5, 16, generator=g, dtype=torch.float64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""training/phases.py: one gradient, however a batch is split over passes and ranks; none at all where it is not finite."""
+"""training/phases.py: one gradient, however a batch is split over passes and ranks; no step where it is not finite."""
 
 import importlib.util
 from pathlib import Path
@@ -86,7 +86,7 @@ def test_a_phase_with_fewer_images_than_ranks(two_ranks, rank):
     two = load_file(two_ranks / f"few-2-{rank}.safetensors")
     assert two["Gpl/rows"].tolist() == [1 - rank]
     for phase in PHASES:
-        compare(two, load_file(two_ranks / f"few-1.safetensors"), phase)
+        compare(two, load_file(two_ranks / "few-1.safetensors"), phase)
 
 
 def test_what_a_phase_does_not_reach_keeps_no_gradient(two_ranks):

@@ -30,13 +30,13 @@ def discriminator(**settings):
     return load(Discriminator(32, 32, channel_base=16384, channel_max=64, **settings), "D/")
 
 
-@pytest.fixture(scope="module")
-def G():
+@pytest.fixture(scope="module", name="G")
+def official_generator():
     return load(Generator(32, 32, z_dim=64, w_dim=64, mapping_layers=8, channel_base=16384, channel_max=64), "G/")
 
 
-@pytest.fixture(scope="module")
-def D():
+@pytest.fixture(scope="module", name="D")
+def official_discriminator():
     return discriminator()
 
 

@@ -1,4 +1,4 @@
-"""ops/upfirdn2d.py: the published reference's values, the fast path against the definition, derivatives to order two."""
+"""ops/upfirdn2d.py: the published reference's values, the fast path against the definition, two derivatives."""
 
 import json
 from pathlib import Path

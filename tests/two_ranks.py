@@ -1,4 +1,4 @@
-"""What two ranks have to do for the tests, in one launch: `torchrun ... two_ranks.py RESULTS DATA LABELLED RUN.json ...`
+"""What two ranks have to do for the tests, in one launch: `torchrun ... two_ranks.py RESULTS RUNS`, folders both
 
 Each task writes what it found into RESULTS; conftest.py's `two_ranks` starts this file, and the tests judge.
 """
