@@ -89,10 +89,13 @@ def parse(target: Any, args: Sequence[str], prog: str, **options: Any) -> Any:
 
 
 def _unbox(text: str) -> str:
-    """The message of tyro's error box, without the box, the repeated help and pydantic's links."""
+    """The message of tyro's error box (of dashes where the terminal knows only ASCII), without the box, the repeated help
+    and pydantic's links."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [line.strip("│ ").strip() for line in text.splitlines() if not line.startswith(("╭", "╰"))]
-    parts = re.split(r"\s*─{10,}\s*", " ".join(line for line in lines if line))
+    parts = re.split(r"\s*[─-]{10,}\s*", " ".join(line for line in lines if line))
+    if "╭" not in text:
+        parts = parts[1:] or parts  # the box's title
     message = re.sub(r"\[type=.*?(?=$|─)", "", parts[0]).strip()
     message = re.sub(r"^Error parsing \w+: \d+ validation errors? for \w+ ", "", message)
     hint = next((p for p in parts if p.startswith("Perhaps you meant")), "")

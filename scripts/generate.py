@@ -54,6 +54,8 @@ def main(args: Sequence[str]) -> int | None:
     options: Arguments = parse(Arguments, args, "generate")
     folder = find_snapshot(options.snapshot)
     seeds = parse_seeds(options.seeds)
+    if options.batch < 1:
+        raise ValueError("--batch is at least 1")
     generator, about = load_generator(folder)
     generator.to(pick_device(options.device))
     names, seeds, ws = latents(generator, options, seeds, about["class_names"])

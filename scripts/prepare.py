@@ -108,7 +108,9 @@ def summary(outcome: Prepared, dest: Path) -> str:
     told = [f"{number:,} {what}" for what, number in notes.items() if number]
     if told:
         lines.append(f"Of {report.read:,} pictures: {', '.join(told)}. See {dest / REPORT}")
-    lines.append(f"Next: styleloom train stylegan2-256 --data.path {shlex.quote(str(dest))} --out RUN")
+    side = max(outcome.manifest.width, outcome.manifest.height)
+    preset = next((f"stylegan2-{size}" for size in (128, 256, 512) if side <= size), "stylegan2-1024")
+    lines.append(f"Next: styleloom train {preset} --data.path {shlex.quote(str(dest))} --out RUN")
     return "\n".join(lines)
 
 

@@ -25,9 +25,9 @@ PRESET = "stylegan2-cpu"
 # every 7.
 TINY = [
     "--network.z-dim=8", "--network.w-dim=8", "--network.mapping-layers=2", "--network.channel-base=64",
-    "--network.mbstd-group=2", "--recipe.pl-weight=2", "--recipe.pl-interval=2",
-    "--recipe.r1-interval=3", "--recipe.r1-gamma=10", "--recipe.style-mixing=0.9", "--data.mirror", "--data.workers=0", "--data.window=2", "--batch=4",
-    "--total-kimg=0.048", "--tick-kimg=0.012", "--checkpoint-kimg=0.02", "--snapshot-kimg=0.028",
+    "--network.mbstd-group=2", "--recipe.pl-weight=2", "--recipe.pl-interval=2", "--recipe.r1-interval=3",
+    "--recipe.r1-gamma=10", "--recipe.style-mixing=0.9", "--data.mirror", "--data.workers=0", "--data.window=2",
+    "--batch=4", "--total-kimg=0.048", "--tick-kimg=0.012", "--checkpoint-kimg=0.02", "--snapshot-kimg=0.028",
 ]  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def kill():
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory, unlabelled, labelled, arguments, settings, python, kill):
-    """The folder with all that two_ranks.py did on two ranks; its run `killed` had been killed and was taken up again."""
+    """The folder with what two_ranks.py did on two ranks; its run `killed` had been killed and was taken up again."""
     root = tmp_path_factory.mktemp("two_ranks")
     (root / "runs").mkdir()
     long = ["--total-kimg=0.096", "--keep-checkpoints=9"]

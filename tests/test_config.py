@@ -3,7 +3,7 @@
 import ast
 import inspect
 import json
-from pathlib import Path
+import os
 
 import pytest
 from pydantic import ValidationError
@@ -128,6 +128,10 @@ def test_free_fields_exist_and_may_change():
     assert protected_differences(old, new) == []
 
 
+def test_durations_cadences_and_paths_are_free():
+    assert {"total_kimg", "tick_kimg", "checkpoint_kimg", "snapshot_kimg", "data.path", "data.workers", "out"} <= FREE
+
+
 def test_what_shapes_the_result_is_protected():
     """A field added to FREE by mistake would silently break exact resume."""
     for name in flat(Run()):
@@ -136,7 +140,7 @@ def test_what_shapes_the_result_is_protected():
 
 
 def fields_and_help():
-    """(class, field, the string below it or None) of every plain field in the sections' source."""
+    """(class, field, the string below it or "") of every plain field in the sections' source."""
     sections = {name: x for name, x in vars(config).items() if isinstance(x, type) and issubclass(x, Section)}
     for node in ast.parse(inspect.getsource(config)).body:
         if not (isinstance(node, ast.ClassDef) and node.name in sections):
@@ -144,8 +148,8 @@ def fields_and_help():
         for item, below in zip(node.body, [*node.body[1:], None], strict=True):
             if not isinstance(item, ast.AnnAssign) or ast.unparse(item.annotation) in sections:
                 continue
-            said = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
-            yield node.name, ast.unparse(item.target), said
+            said = ast.literal_eval(below.value) if isinstance(below, ast.Expr) else ""
+            yield node.name, ast.unparse(item.target), str(said)
 
 
 def test_every_field_has_a_sentence_of_help():
@@ -157,16 +161,14 @@ def test_every_field_has_a_sentence_of_help():
         assert len(said.split()) > 1, f"{section}.{field}: {said!r} says nothing"
 
 
-def test_a_write_that_fails_leaves_the_old_run_json(tmp_path, monkeypatch):
+def test_a_write_that_fails_before_its_end_leaves_the_old_run_json(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
     write_run(Run(seed=1), path)
-    whole = Path.write_text
 
-    def full_disk(self, data, *args, **kwargs):
-        whole(self, data[:20], *args, **kwargs)
+    def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk)  # the last thing that an atomic write does
     with pytest.raises(OSError, match="No space left"):
         write_run(Run(seed=2), path)
     assert read_run(path) == Run(seed=1)

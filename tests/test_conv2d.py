@@ -53,6 +53,15 @@ def test_no_filter_is_needed_without_resampling():
     torch.testing.assert_close(conv2d(x, w), definition(x, w, torch.ones(1, 1), 1, 1))
 
 
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("down", [1, 2])
+def test_bias_is_added_to_each_channel(k, down):
+    x, w = (t.detach().float() for t in inputs(k))
+    b = torch.arange(4, dtype=torch.float64)
+    y = conv2d(x, w, FILTERS["1331"], down=down, bias=b)
+    torch.testing.assert_close(y, conv2d(x, w, FILTERS["1331"], down=down) + b.float()[:, None, None])
+
+
 def test_up_sampling_mirrors_the_weight():
     x = torch.zeros(1, 1, 3, 3)
     x[0, 0, 1, 1] = 1

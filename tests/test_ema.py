@@ -24,7 +24,7 @@ def test_average_of_is_a_copy_in_eval_mode_without_gradients():
     assert all(p.requires_grad for p in network.parameters())
     with torch.no_grad():
         network.weight.fill_(5.0)
-    assert torch.equal(average.weight, torch.ones(3))
+    assert torch.equal(average.get_parameter("weight"), torch.ones(3))
 
 
 def test_influence_halves_after_the_half_life():
@@ -45,10 +45,10 @@ def test_beta_is_the_share_of_the_old_average(beta, expected):
 def test_buffers_are_copied():
     average, network = ema.average_of(Net(1.0)), Net(4.0)
     ema.update_average(average, network, beta=0.9)
-    assert torch.equal(average.w_avg, torch.full([2], 4.0))
-    assert average.count.item() == 4
-    network.w_avg.zero_()
-    assert torch.equal(average.w_avg, torch.full([2], 4.0))  # a copy, not the same memory
+    assert torch.equal(average.get_buffer("w_avg"), torch.full([2], 4.0))
+    assert average.get_buffer("count").item() == 4
+    network.get_buffer("w_avg").zero_()
+    assert torch.equal(average.get_buffer("w_avg"), torch.full([2], 4.0))  # a copy, not the same memory
 
 
 def test_the_network_is_left_alone():

@@ -45,6 +45,16 @@ def test_modulated_conv2d_equals_materialised_weights(k, up, demodulate):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("noise_shape", [(3, 1, 10, 12), (10, 12)])
+def test_modulated_conv2d_adds_noise_and_multiplies_both_by_the_gain(noise_shape, dtype):
+    x, weight, styles = randn(3, 4, 5, 6, dtype=dtype), randn(7, 4, 3, 3, dtype=dtype), randn(3, 4, dtype=dtype)
+    noise = randn(*noise_shape, dtype=dtype)
+    y = modulated_conv2d(x, weight, styles, FILTER, up=2, noise=noise, gain=1.5)
+    expected = (by_materialised_weights(x, weight, styles, 2, True) + noise) * 1.5
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("up", [1, 2])
 def test_modulated_conv2d_second_derivatives(up):
     tensors = randn(2, 2, 2, 2), randn(2, 2, 3, 3), randn(2, 2)
@@ -153,7 +163,7 @@ def test_bias_init_is_the_bias_applied(act):
 
 def test_conv2d_without_bias_has_none():
     assert Conv2d(2, 3, 1, bias=False).bias is None
-    assert torch.equal(Conv2d(2, 3, 3).bias, torch.zeros(3))
+    assert torch.equal(Conv2d(2, 3, 3).get_parameter("bias"), torch.zeros(3))
 
 
 def test_normalize_2nd_moment():

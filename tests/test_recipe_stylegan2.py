@@ -120,6 +120,15 @@ def test_labels_are_as_frequent_as_in_the_data():
     torch.testing.assert_close(labels.mean(dim=0), torch.tensor([0.25, 0.0, 0.75]), rtol=0, atol=0.03)
 
 
+def test_a_class_without_images_is_never_drawn():
+    class Lowest(Draws):
+        def uniform(self, *shape):
+            return torch.zeros(len(self), *shape)
+
+    labels = recipe(class_counts=[0, 5]).labels(Lowest(0, "Gmain", [0]))
+    assert torch.equal(labels, torch.tensor([[0.0, 1.0]]))
+
+
 def test_labels_without_classes():
     assert recipe().labels(Draws(0, "Gmain", range(3))).shape == (3, 0)
 
@@ -128,13 +137,23 @@ def test_labels_without_classes():
 def test_fakes_belong_to_their_positions():
     """Latent, label, mixing and noise of a sample do not depend on the samples beside it."""
     r = recipe(class_counts=[1, 1])
-    for module in r.G.synthesis.modules():
-        if hasattr(module, "noise_strength"):
-            module.noise_strength.fill_(0.5)
+    for name, parameter in r.G.named_parameters():
+        if name.endswith("noise_strength"):
+            parameter.fill_(0.5)
     whole = r.fakes(Draws(0, "Dmain", range(6)))
     part = r.fakes(Draws(0, "Dmain", range(1, 6, 2)))
     for mine, theirs in zip(part, whole, strict=True):
         torch.testing.assert_close(mine, theirs[1::2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Gmain", "Gpl", "Dmain", "Dr1"])
+def test_every_phase_runs_without_noise(name):
+    r = recipe(network=NETWORK.model_copy(update={"noise": False}))
+    assert r.G.synthesis.sizes == []
+    phase = phase_of(r, name)
+    loss = phase.loss(batch_of(r, name, phase.batch)).per_sample
+    assert loss.shape == (phase.batch,)
+    assert loss.isfinite().all()
 
 
 def test_main_phases_give_the_logistic_losses():

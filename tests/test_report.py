@@ -96,7 +96,7 @@ def test_writing_on_drops_lines_after_the_checkpoint_and_a_cut_one(tmp_path):
     assert (tmp_path / "stats.jsonl").read_text() == "".join(lines[:2])
     writer.line({"nimg": 260, "x": 2.5})
     writer.close()
-    assert [json.loads(line)["nimg"] for line in open(tmp_path / "stats.jsonl")] == [100, 200, 260]
+    assert [json.loads(line)["nimg"] for line in (tmp_path / "stats.jsonl").read_text().splitlines()] == [100, 200, 260]
     assert list(tmp_path.glob("*.tmp")) == []
 
 

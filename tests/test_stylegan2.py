@@ -121,7 +121,9 @@ def test_golden_r1_phase():
     """In float64: in fp32, rounding alone moves the smallest bias gradients by 3e-4."""
     D = discriminator().double()
     real = golden("in/real").double().requires_grad_()
-    penalty = losses.r1_penalty(real, D(real))
+    logits = D(real)
+    assert logits.dtype == torch.float64  # all the way
+    penalty = losses.r1_penalty(real, logits)
     assert_golden(penalty, "r1/penalty")
     assert_golden_gradients(D, (penalty * 0.5).mean(), "Dreg")
 
@@ -196,7 +198,7 @@ def test_rectangular_images(width, height):
     G, D = tiny(width, height)
     images = G(torch.randn(2, 8))
     assert images.shape == (2, 3, height, width)
-    assert G.synthesis.b4.const.shape[1:] == start_size(width, height)[:2]
+    assert G.synthesis.get_parameter("b4.const").shape[1:] == start_size(width, height)[:2]
     assert D(images).shape == (2, 1)
     assert G.synthesis.sizes[-1] == (height, width)
 
@@ -287,14 +289,41 @@ def test_low_precision_activations_are_clamped():
     peaks = {}
     for low_precision in (None, torch.bfloat16):
         G, _ = tiny(low_precision=low_precision)
-        layer = G.synthesis.b16.conv1
-        layer.bias.fill_(1e6)
+        layer = G.synthesis.get_submodule("b16.conv1")
+        layer.get_parameter("bias").fill_(1e6)
         outputs = []
         layer.register_forward_hook(lambda _module, _inputs, output, outputs=outputs: outputs.append(output))
         G(torch.randn(1, 8))
         peaks[low_precision] = outputs[0].max().item()
     assert peaks[torch.bfloat16] == CLAMP
     assert peaks[None] > 1e6
+
+
+@torch.no_grad()
+def test_without_noise_the_generator_has_neither_maps_nor_strengths():
+    torch.manual_seed(0)
+    G = Generator(16, 16, 3, 0, z_dim=8, w_dim=8, mapping_layers=2, channel_base=128, channel_max=8, use_noise=False)
+    assert G.synthesis.sizes == []
+    assert not any("noise" in name for name in G.state_dict())
+    assert G.num_ws == 6
+    z = torch.randn(2, 8)
+    images = G(z)
+    assert images.shape == (2, 3, 16, 16)
+    for noise in ("none", []):
+        assert torch.equal(G(z, noise=noise), images)
+    noisy, _ = tiny()
+    noisy.load_state_dict(G.state_dict(), strict=False)
+    torch.testing.assert_close(noisy(z, noise="none"), images)
+
+
+def test_initial_values_that_a_loaded_state_hides():
+    G, _ = tiny()
+    for name, value in G.state_dict().items():
+        if name.endswith("affine.bias"):
+            assert torch.equal(value, torch.ones_like(value)), name
+        elif name.endswith(("bias", "noise_strength", "w_avg")):
+            assert torch.equal(value, torch.zeros_like(value)), name
+    assert G.synthesis.get_parameter("b4.const").std().item() == pytest.approx(1, abs=0.2)
 
 
 def test_state_dicts_hold_no_filters_and_no_scalars():

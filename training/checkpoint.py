@@ -123,7 +123,8 @@ def complete(folder: Path) -> list[Path]:
     """The whole checkpoints (or snapshots) in a folder, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if re.fullmatch(r"nimg-\d{9,}", path.name))
+    whole = [path for path in folder.iterdir() if re.fullmatch(r"nimg-\d{9,}", path.name)]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("nimg-")))
 
 
 def _brief(error: Exception) -> str:

@@ -1,11 +1,12 @@
 """The one description of a run, and the presets."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..datasets.manifest import write_atomically
 
 
 class Section(BaseModel):
@@ -40,6 +41,8 @@ class StyleGAN2Network(Section):
     """Channels times resolution, the same at every level ..."""
     channel_max: int = Field(default=512, ge=1)
     """... but at most this many channels."""
+    noise: bool = True
+    """Noise maps in every layer of the generator, for detail that follows no latent."""
     mbstd_group: int = Field(default=4, ge=1)
     """Group of the minibatch standard deviation; 1 switches it off."""
 
@@ -145,10 +148,8 @@ def flat(run: Run) -> dict[str, Any]:
 
 
 def write_run(run: Run, path: Path) -> None:
-    """Writes `run.json`, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(run.model_dump(mode="json"), indent=1) + "\n")
-    os.replace(temporary, path)
+    """Writes `run.json`, whole or not at all. Raises OSError naming it."""
+    write_atomically(path, (json.dumps(run.model_dump(mode="json"), indent=1) + "\n").encode())
 
 
 def read_run(path: Path) -> Run:

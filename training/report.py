@@ -1,9 +1,11 @@
 """What a run says of itself: numbers reported anywhere, gathered once a tick; files, TensorBoard, pictures."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -84,30 +86,53 @@ class Writer:
         self.samples = folder / "samples"
         self.samples.mkdir(parents=True, exist_ok=True)
         self.stats = folder / "stats.jsonl"
-        _keep_lines_until(self.stats, nimg)
-        self.tensorboard = SummaryWriter(str(folder / "tb"), purge_step=nimg + 1)
+        with _naming(self.stats):
+            _keep_lines_until(self.stats, nimg)
+        threading.excepthook = _told_elsewhere
+        self.folder = folder / "tb"
+        self.tensorboard = SummaryWriter(str(self.folder), purge_step=nimg + 1)
 
     def line(self, values: dict[str, Any]) -> None:
         """One object (with `nimg`) into `stats.jsonl`, its numbers into TensorBoard."""
-        with open(self.stats, "a") as file:
+        with _naming(self.stats), open(self.stats, "a") as file:
             file.write(json.dumps(values) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self.tensorboard.add_scalar(name, value, values["nimg"])
-        self.tensorboard.flush()
+        with _naming(self.folder):
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self.tensorboard.add_scalar(name, value, values["nimg"])
+            self.tensorboard.flush()
 
     def picture(self, name: str, grid: Image.Image, nimg: int) -> Path:
         """A grid into `samples/NAME.png` and TensorBoard."""
         path = self.samples / f"{name}.png"
         temporary = path.with_suffix(".tmp")
-        grid.save(temporary, format="PNG")
-        os.replace(temporary, path)
-        self.tensorboard.add_image(name.split("-")[0], np.asarray(grid.convert("RGB")), nimg, dataformats="HWC")
-        self.tensorboard.flush()
+        with _naming(path):
+            grid.save(temporary, format="PNG")
+            os.replace(temporary, path)
+        with _naming(self.folder):
+            self.tensorboard.add_image(name.split("-")[0], np.asarray(grid.convert("RGB")), nimg, dataformats="HWC")
+            self.tensorboard.flush()
         return path
 
     def close(self) -> None:
         self.tensorboard.close()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An OSError of the block (a full disk) names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _told_elsewhere(fault: threading.ExceptHookArgs) -> None:
+    """TensorBoard's thread hands an OSError on to the next call of its writer: no need for a traceback as well."""
+    if not isinstance(fault.exc_value, OSError):
+        threading.__excepthook__(fault)
 
 
 def _keep_lines_until(path: Path, nimg: int) -> None:

@@ -105,9 +105,9 @@ class Training:
         self.skipped[phase.name] = 0 if stepped else self.skipped.get(phase.name, 0) + 1
         if self.skipped[phase.name] >= PATIENCE:
             raise ValueError(
-                f"the gradients of phase {phase.name} were not finite {PATIENCE} times in a row, at {self.nimg} images, "
-                "so the training has diverged. Begin anew (--init from a snapshot before it) with a lower recipe.lr or a "
-                "higher recipe.r1_gamma."
+                f"the gradients of phase {phase.name} were not finite {PATIENCE} times in a row, at {self.nimg} "
+                "images: training has diverged. Begin anew (--init from a snapshot before it) with a lower recipe.lr "
+                "or a higher recipe.r1_gamma."
             )
 
     def states(self) -> checkpoint.States:

@@ -92,22 +92,24 @@ class SynthesisLayer(nn.Module):
 
     noise_const: Tensor
 
-    def __init__(self, in_channels: int, out_channels: int, w_dim: int, size: tuple[int, int], up: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, w_dim: int, size: tuple[int, int], use_noise: bool, up: int = 1
+    ) -> None:
         super().__init__()
-        self.up, self.size = up, size
+        self.up, self.size, self.use_noise = up, size, use_noise
         self.affine = Linear(w_dim, in_channels, bias_init=1)
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels, 3, 3))
         self.bias = nn.Parameter(torch.zeros(out_channels))
-        self.noise_strength = nn.Parameter(torch.zeros(1))  # not 0-dim: DeepSpeed's flattening refuses that
-        self.register_buffer("noise_const", torch.randn(size))
+        if use_noise:
+            self.noise_strength = nn.Parameter(torch.zeros(1))  # not 0-dim: DeepSpeed's flattening refuses that
+            self.register_buffer("noise_const", torch.randn(size))
 
     def forward(self, x: Tensor, w: Tensor, f: Tensor, noise: Tensor | str, clamp: float | None) -> Tensor:
         styles = self.affine(w)
         # Demodulation makes the weight's scale irrelevant, so there is no weight gain here.
-        if isinstance(noise, str):
-            noise_map = self.noise_const * self.noise_strength if noise == "const" else None
-        else:
-            noise_map = noise * self.noise_strength
+        noise_map = None
+        if self.use_noise and noise != "none":
+            noise_map = (self.noise_const if isinstance(noise, str) else noise) * self.noise_strength
         gain = GAINS["lrelu"]  # leaky ReLU is positively homogeneous: its gain can be applied before it, for free
         x = modulated_conv2d(x, self.weight, styles, f, self.up, noise=noise_map, gain=gain)
         return bias_act(x, self.bias * gain, "lrelu", gain=1, clamp=clamp)
@@ -132,14 +134,16 @@ class ToRGB(nn.Module):
 class SynthesisBlock(nn.Module):
     """One level of the generator: [N, C_in, H / 2, W / 2] -> [N, C, H, W], and its part of the image."""
 
-    def __init__(self, in_channels: int, channels: int, w_dim: int, size: tuple[int, int], img_channels: int) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, w_dim: int, size: tuple[int, int], img_channels: int, use_noise: bool
+    ) -> None:
         super().__init__()
         self.first = in_channels == 0
         if self.first:
             self.const = nn.Parameter(torch.randn(channels, *size))
         else:
-            self.conv0 = SynthesisLayer(in_channels, channels, w_dim, size, up=2)
-        self.conv1 = SynthesisLayer(channels, channels, w_dim, size)
+            self.conv0 = SynthesisLayer(in_channels, channels, w_dim, size, use_noise, up=2)
+        self.conv1 = SynthesisLayer(channels, channels, w_dim, size, use_noise)
         self.torgb = ToRGB(channels, img_channels, w_dim)
         self.num_conv = 1 if self.first else 2
 
@@ -178,6 +182,7 @@ class Synthesis(nn.Module):
         w_dim: int,
         channel_base: int,
         channel_max: int,
+        use_noise: bool = True,
         low_precision: torch.dtype | None = None,
         low_precision_levels: int = 4,
     ) -> None:
@@ -191,9 +196,9 @@ class Synthesis(nn.Module):
         for i, res in enumerate(self.resolutions):
             size = (h * 2**i, w * 2**i)
             below = channels[i - 1] if i else 0
-            block = SynthesisBlock(below, channels[i], w_dim, size, img_channels)
+            block = SynthesisBlock(below, channels[i], w_dim, size, img_channels, use_noise)
             self.add_module(f"b{res}", block)
-            self.sizes += [size] * block.num_conv
+            self.sizes += [size] * (block.num_conv if use_noise else 0)
         self.register_buffer("f", setup_filter(FILTER), persistent=False)
 
     def forward(self, ws: Tensor, noise: Noise = "const") -> Tensor:
@@ -201,7 +206,9 @@ class Synthesis(nn.Module):
 
         noise: "const" (each layer's stored map), "none", or a list of [N, 1, H, W] of the `sizes`.
         """
-        maps: Sequence[Tensor | str] = [noise] * len(self.sizes) if isinstance(noise, str) else noise
+        if not self.sizes:
+            noise = "none"
+        maps: Sequence[Tensor | str] = [noise] * self.num_ws if isinstance(noise, str) else noise
         x = img = None
         first = layer = 0
         for res, low in zip(self.resolutions, self.low, strict=True):
@@ -228,11 +235,14 @@ class Generator(nn.Module):
         mapping_layers: int = 8,
         channel_base: int = 32768,
         channel_max: int = 512,
+        use_noise: bool = True,
         low_precision: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.z_dim, self.c_dim = z_dim, c_dim
-        self.synthesis = Synthesis(width, height, img_channels, w_dim, channel_base, channel_max, low_precision)
+        self.synthesis = Synthesis(
+            width, height, img_channels, w_dim, channel_base, channel_max, use_noise, low_precision
+        )
         self.mapping = Mapping(z_dim, c_dim, w_dim, mapping_layers)
         self.num_ws = self.synthesis.num_ws
 
