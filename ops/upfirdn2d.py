@@ -18,8 +18,8 @@ def setup_filter(taps: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
     f = torch.as_tensor(taps, dtype=torch.float32)
     if f.ndim == 1:
         f = f[:, None] * f[None, :]
-    if f.ndim != 2 or f.numel() == 0:
-        raise ValueError(f"a filter is one row of taps or a table of them, not of shape {tuple(f.shape)}")
+    if f.ndim != 2 or f.numel() == 0 or f.sum() == 0:
+        raise ValueError(f"a filter is one row of taps or a table of them, of sum other than 0, not {taps}")
     return f / f.sum()
 
 

@@ -89,8 +89,8 @@ def parse(target: Any, args: Sequence[str], prog: str, **options: Any) -> Any:
 
 
 def _unbox(text: str) -> str:
-    """The message of tyro's error box (of dashes where the terminal knows only ASCII), without the box, the repeated help
-    and pydantic's links."""
+    """The message of tyro's error box (which is drawn with dashes where stdout is not UTF-8), without the box, the
+    repeated help and pydantic's links."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", text)
     lines = [line.strip("│ ").strip() for line in text.splitlines() if not line.startswith(("╭", "╰"))]
     parts = re.split(r"\s*[─-]{10,}\s*", " ".join(line for line in lines if line))

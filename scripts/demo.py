@@ -18,9 +18,9 @@ from styleloom.training.loop import train
 OUT = "styleloom-demo"
 USAGE = f"""usage: styleloom demo [--out DIR] [--section.field VALUE ...]
 
-Prepares 3,632 emoji pictures, trains a small StyleGAN2 on them (about ten minutes on two CPU cores; larger on a GPU) and
-says where its pictures are. Ctrl-C at any time saves; the same command goes on. DIR is {OUT} unless given; the
-other options are those of `styleloom train`."""
+Prepares 3,632 emoji pictures, trains a small StyleGAN2 on them (about ten minutes on two CPU cores; larger on a GPU)
+and says where its pictures are. Ctrl-C at any time saves; the same command goes on. DIR is {OUT} unless given;
+the other options are those of `styleloom train`."""
 
 
 def main(args: Sequence[str]) -> int | None:
@@ -37,9 +37,9 @@ def main(args: Sequence[str]) -> int | None:
         del args[at : at + 2]
     preset, size = ("stylegan2-128", 128) if torch.cuda.is_available() else ("stylegan2-cpu", 64)
     data, folder = out / f"data-{size}", out / f"run-{size}"
+    settings = read_settings(preset, ["--data.path", str(data), "--out", str(folder), *args], "demo")
     print(f"[1/2] {size}x{size} shards of the embedded pictures in {data}", flush=True)
     prepare_pictures(data, size)
-    settings = read_settings(preset, ["--data.path", str(data), "--out", str(folder), *args], "demo")
     print(f"[2/2] Training {preset} for {settings.total_kimg:g} kimg in {folder}. Look on with:")
     print(f"      tensorboard --logdir {folder}", flush=True)
     team = Team()

@@ -88,7 +88,8 @@ class Writer:
         self.stats = folder / "stats.jsonl"
         with _naming(self.stats):
             _keep_lines_until(self.stats, nimg)
-        threading.excepthook = _told_elsewhere
+        if threading.excepthook is threading.__excepthook__:
+            threading.excepthook = _told_elsewhere
         self.folder = folder / "tb"
         self.tensorboard = SummaryWriter(str(self.folder), purge_step=nimg + 1)
 
