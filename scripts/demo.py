@@ -24,7 +24,7 @@ the other options are those of `styleloom train`."""
 
 
 def main(args: Sequence[str]) -> int | None:
-    args = list(args)
+    args = [part for a in args for part in (a.split("=", 1) if a.startswith("--out=") else [a])]
     if "-h" in args or "--help" in args:
         print(USAGE)
         return 0

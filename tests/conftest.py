@@ -183,10 +183,10 @@ def two_ranks(tmp_path_factory, unlabelled, labelled, arguments, settings, pytho
     process = python(Path(__file__).with_name("two_ranks.py"), root, root / "runs", ranks=2)
     try:
         out, err = process.communicate(timeout=120)
-    finally:
-        for each in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+    except subprocess.TimeoutExpired:
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
             each.kill()
-        process.kill()
-    assert process.returncode == 0, err
+        out, err = process.communicate()
+    assert process.returncode == 0, (sorted(root.glob("*-failed-*")), err)
     (root / "stdout.txt").write_text(out)
     return root

@@ -152,7 +152,7 @@ def test_a_checkpoint_that_is_there_is_not_touched(tmp_path, states, run, monkey
     save(tmp_path, states, run, 8, keep=1)
     monkeypatch.setattr(checkpoint.shutil, "rmtree", None)
     assert save(tmp_path, states, run, 8, keep=1) == tmp_path / "nimg-000000008"
-    assert checkpoint.load(tmp_path / "nimg-000000008")
+    checkpoint.load(tmp_path / "nimg-000000008")
 
 
 def test_unfinished_and_foreign_folders_are_passed_over_and_cleaned_up(tmp_path, states, run):
@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path, states, run, monkey
     assert caught.value.filename == str(tmp_path / "nimg-000000016")
     assert checkpoint.complete(tmp_path) == [folder]
     assert names(tmp_path) == [folder.name]
-    assert checkpoint.load(folder)
+    checkpoint.load(folder)
 
 
 @pytest.fixture
@@ -256,7 +256,9 @@ def networks(run):
 @pytest.fixture
 def snapshot(tmp_path, networks, run):
     run = run.model_copy(update={"data": run.data.model_copy(update={"labels": True})})
-    return checkpoint.save_snapshot(tmp_path / "run" / "snapshots", *networks, run, 40, 16, 16, 3, ["cat", "dog"])
+    generator, discriminator = networks
+    folder = tmp_path / "run" / "snapshots"
+    return checkpoint.save_snapshot(folder, generator, discriminator, run, 40, 16, 16, 3, ["cat", "dog"])
 
 
 def test_a_snapshot_draws_the_same_images(snapshot, networks):

@@ -45,7 +45,7 @@ def test_the_demo(stand_in, call, tmp_path):
     assert "styleloom generate" in said
     # Again, it prepares nothing and goes on where it was.
     before = (out / "data-64" / "manifest.json").stat().st_mtime_ns
-    status, said, _ = call(demo.main, "--out", out, *TINY, "--total-kimg=0.016")
+    status, said, _ = call(demo.main, f"--out={out}", *TINY, "--total-kimg=0.016")
     assert status == 0
     assert "Going on from" in said
     assert str(out / "run-64" / "samples" / "fakes-000000016.png") in said
@@ -64,6 +64,7 @@ def test_out_without_a_folder(refused):
 
 def test_an_unknown_option(stand_in, refused, tmp_path):
     assert "Perhaps you meant --total-kimg?" in refused(demo.main, "--out", tmp_path / "out", "--total-kimgs", "1")
+    assert not (tmp_path / "out").exists()  # a typo is told before any work is done
 
 
 def test_help(call):

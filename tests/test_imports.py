@@ -61,7 +61,9 @@ def test_only_those_who_choose_see_the_run() -> None:
 def test_only_distributed_imports_accelerate_or_deepspeed() -> None:
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "") or ""]
+            names = (
+                [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "") or ""]
+            )
             if any(n.split(".")[0] in ("accelerate", "deepspeed") for n in names):
                 assert path.name == "distributed.py", path
 

@@ -293,6 +293,7 @@ def test_a_real_ctrl_c_on_a_real_process(unlabelled, arguments, python, tmp_path
         said = process.communicate(timeout=60)
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode == 130, said
     assert "Stopped at" in said[0]
     assert said[1] == ""
@@ -300,7 +301,9 @@ def test_a_real_ctrl_c_on_a_real_process(unlabelled, arguments, python, tmp_path
 
 def test_a_signal_to_one_rank_stops_all(two_ranks):
     assert [json.loads((two_ranks / f"stopped-{rank}.json").read_text()) for rank in (0, 1)] == [143, 143]
-    assert len(complete(two_ranks / "stopped" / "checkpoints")) == 2
+    assert [path.name for path in complete(two_ranks / "stopped" / "checkpoints")] == [
+        f"nimg-{n:09d}" for n in (20, 28)
+    ]
 
 
 def test_a_second_ctrl_c_ends_it_at_once(unlabelled, arguments, tmp_path, monkeypatch):

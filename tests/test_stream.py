@@ -3,9 +3,11 @@
 import itertools
 import multiprocessing
 import shutil
+import subprocess
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -220,7 +222,9 @@ def test_a_program_that_ends_in_the_midst_of_a_stream_does_not_hang(unlabelled, 
     program = python("-c", PROGRAM, unlabelled, ending)
     try:
         out, err = program.communicate(timeout=60)
-    finally:
-        program.kill()
+    except subprocess.TimeoutExpired:
+        for each in [*psutil.Process(program.pid).children(recursive=True), program]:
+            each.kill()
+        out, err = program.communicate()
     assert "in the midst" in out, err
     assert program.returncode == status

@@ -10,6 +10,9 @@ from styleloom.datasets.manifest import load_index, read_manifest
 from styleloom.scripts import cli, train
 from styleloom.training import report
 from styleloom.training.config import PRESETS
+from styleloom.training.distributed import Team
+from styleloom.training.networks import build
+from styleloom.training.trainer import Training
 
 
 @pytest.fixture
@@ -158,9 +161,6 @@ def test_complaints_are_as_short_where_the_terminal_is_not_utf8(refused, argumen
 
 
 def test_batches_that_do_not_divide_among_the_processes_are_refused(settings, unlabelled, monkeypatch):
-    from styleloom.training.distributed import Team
-    from styleloom.training.trainer import Training
-
     team = Team()
     team.world = 4
     monkeypatch.setattr(team, "gather", lambda objects: objects)
@@ -188,9 +188,9 @@ def test_a_dry_run_tells_and_writes_nothing(call, arguments, unlabelled, setting
     for text in (
         "42 images of 16x16, 3 channels, no classes",
         "Batch: 4 images = 4 on each of 1 processes, in 2 passes",
-        "0.048 kimg = 12 iterations of Gmain (4 images, every iteration), Gpl (2 images, every 2 iterations), "
-        "Dmain (4 images, every iteration), Dr1 (4 images, every 3 iterations)",
-        "A progress line every 0.012, a checkpoint every 0.02, a snapshot every 0.028 kimg",
+        "0.048 kimg = 12 iterations of Gmain (4 images), Gpl (2 images, every 2 iterations), "
+        "Dmain (4 images), Dr1 (4 images, every 3 iterations)",
+        "Every 0.012 kimg a progress line, every 0.02 a checkpoint, every 0.028 a snapshot",
         "ms an iteration",
         "img/s",
         "for the whole run",
@@ -201,8 +201,6 @@ def test_a_dry_run_tells_and_writes_nothing(call, arguments, unlabelled, setting
 
 
 def test_a_dry_run_counts_parameters(call, arguments, unlabelled, settings, out):
-    from styleloom.training.networks import build
-
     _, said, _ = call(train.main, *arguments(unlabelled, out, "--dry-run"))
     for name, network in zip("GD", build(settings(unlabelled, out), 16, 16, 3, 0), strict=True):
         assert f"\n{name}: {sum(p.numel() for p in network.parameters()):,} parameters" in said
@@ -222,7 +220,7 @@ def test_help(call):
     assert all(preset in said for preset in PRESETS)
     status, said, _ = call(train.main, "stylegan2-cpu", "--help")
     assert status == 0
-    for text in ("--recipe.r1-gamma", "--total-kimg", "(default: stylegan2-cpu)", "Everything random follows from it"):
+    for text in ("--recipe.r1-gamma", "--total-kimg", "--data.path", "Everything random follows from it"):
         assert text in said
     status, said, _ = call(train.main)
     assert status == 2
@@ -234,7 +232,8 @@ def command(monkeypatch, capsys, *args) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as stop:
         cli.main()
     out, err = capsys.readouterr()
-    return stop.value.code or 0, out, err
+    assert isinstance(stop.value.code, int)
+    return stop.value.code, out, err
 
 
 def test_the_command(monkeypatch, capsys):

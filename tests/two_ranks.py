@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
 from pathlib import Path
 
@@ -115,17 +113,17 @@ def sums(results: Path, team: Team) -> None:
 
 
 def stopped(results: Path, run: Run, team: Team) -> None:
-    """A run of which only the second rank is told to stop."""
-    if team.rank == 1:
-        checkpoints = Path(run.out) / "checkpoints"
+    """A run of which only the second rank is told to stop, at 28 images."""
+    step = Training.step
 
-        def stop() -> None:
-            while not list(checkpoints.glob("nimg-*[0-9]")):
-                time.sleep(0.01)
+    def stopping(self: Training, images: Tensor, labels: Tensor) -> None:
+        step(self, images, labels)
+        if self.nimg == 28 and team.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-        threading.Thread(target=stop, daemon=True).start()
+    Training.step = stopping
     status = train(run, team)
+    Training.step = step
     (results / f"stopped-{team.rank}.json").write_text(json.dumps(status))
 
 
