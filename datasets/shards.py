@@ -6,14 +6,12 @@ shard has a record in DEST/.prepare; it is written after the shard's files are s
 What has no record is made anew. The manifest comes last, then DEST/.prepare goes.
 """
 
-import contextlib
 import hashlib
 import io
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, cast
@@ -30,6 +28,7 @@ from .manifest import (
     atomic_file,
     check_shard,
     load_index,
+    locked,
     read_manifest,
     write_atomically,
     write_manifest,
@@ -90,7 +89,7 @@ def prepare(
     finished = _claim(dest, plan, source)
     if finished:
         return finished
-    with _locked(dest):
+    with locked(dest / WORK / _LOCK, f"another styleloom prepare is writing {dest}: let it end first"):
         _sweep(dest)
         try:
             _make_shards(source, dest, form, plan, workers, progress)
@@ -136,20 +135,6 @@ def _recognise(dest: Path, plan: Plan) -> Prepared:
         check_shard(dest, shard)
     shutil.rmtree(dest / WORK, ignore_errors=True)
     return Prepared(manifest, report, already=True)
-
-
-@contextlib.contextmanager
-def _locked(dest: Path) -> Iterator[None]:
-    """Keeps a second prepare out of `dest` while this one runs. The system frees the lock however the process ends."""
-    with open(dest / WORK / _LOCK, "wb") as file:
-        if os.name == "posix":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another styleloom prepare is writing {dest}: let it end first") from None
-        yield
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,15 @@ def batches(
 
 
 def _items(loader: Iterable[Any]) -> Generator[Any, None, None]:
-    for item in loader:
-        if isinstance(item, Exception):
-            raise item
-        yield item
+    try:
+        for item in loader:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(
+            f"a process that reads data was killed ({str(error).splitlines()[0]}). Where memory or /dev/shm is short, "
+            "fewer --data.workers help."
+        ) from None

@@ -53,6 +53,15 @@ def run(command: Callable[[Sequence[str]], int | None], name: str, args: Sequenc
             traceback.print_exc()
         print(f"styleloom {name}: {explain(error)}", file=sys.stderr)
         status = 1
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        print(
+            f"styleloom {name}: out of memory ({str(error).splitlines()[0]})\n"
+            "More --passes or a smaller --batch (of `train`, or of `generate`) need less.",
+            file=sys.stderr,
+        )
+        status = 1
     sys.exit(status or 0)
 
 

@@ -16,6 +16,14 @@ from styleloom.training.distributed import Team
 from styleloom.training.loop import train
 
 OUT = "styleloom-demo"
+
+# (preset, image size, what is shorter than in a real run)
+ON_CPU = ("stylegan2-cpu", 32, ["--data.mirror"])
+ON_GPU = (
+    "stylegan2-128",
+    128,
+    ["--data.mirror", "--total-kimg", "150", "--tick-kimg", "1", "--checkpoint-kimg", "10", "--snapshot-kimg", "10"],
+)
 USAGE = f"""usage: styleloom demo [--out DIR] [--section.field VALUE ...]
 
 Prepares 3,632 emoji pictures, trains a small StyleGAN2 on them (about ten minutes on two CPU cores; larger on a GPU)
@@ -35,9 +43,9 @@ def main(args: Sequence[str]) -> int | None:
             raise ValueError("--out needs a folder")
         out = Path(args[at + 1])
         del args[at : at + 2]
-    preset, size = ("stylegan2-128", 128) if torch.cuda.is_available() else ("stylegan2-cpu", 64)
+    preset, size, short = ON_GPU if torch.cuda.is_available() else ON_CPU
     data, folder = out / f"data-{size}", out / f"run-{size}"
-    settings = read_settings(preset, ["--data.path", str(data), "--out", str(folder), *args], "demo")
+    settings = read_settings(preset, ["--data.path", str(data), "--out", str(folder), *short, *args], "demo")
     print(f"[1/2] {size}x{size} shards of the embedded pictures in {data}", flush=True)
     prepare_pictures(data, size)
     print(f"[2/2] Training {preset} for {settings.total_kimg:g} kimg in {folder}. Look on with:")

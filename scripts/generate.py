@@ -17,7 +17,10 @@ from styleloom.scripts.cli import parse, run
 from styleloom.training.checkpoint import find_snapshot, load_generator
 from styleloom.training.draws import Draws
 from styleloom.training.networks import Generator
+from styleloom.training.networks.stylegan2 import truncate
 from styleloom.training.report import image_grid, to_uint8
+
+MOST = 10_000_000  # seeds in a range
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,10 @@ def parse_seeds(text: str) -> list[int]:
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
         if not match or (match[2] and int(match[2]) < int(match[1])):
             raise ValueError(f"--seeds {text!r}: give numbers and ranges such as 0-63 or 1,5,10-19")
-        seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last >= 2**63 or last - first >= MOST:
+            raise ValueError(f"--seeds {text!r}: a seed is below 2^63, and a range has at most {MOST:,} of them")
+        seeds += range(first, last + 1)
     return seeds
 
 
@@ -111,6 +117,8 @@ def latents(
         z = read_latents(options.latents, options.space, G).to(device)
         names = [f"latent{i:04d}" for i in range(len(z))]
         seeds = list(range(len(z)))
+    if options.class_ is not None and (z.ndim == 3 or options.space == "w"):
+        raise ValueError("--class has no effect on latents in w: leave it out")
     if z.ndim == 3:
         return names, seeds, z
     if options.latents is None or options.space == "z":
@@ -122,10 +130,17 @@ def read_latents(path: Path, space: str, G: Generator) -> Tensor:
     """fp32 tensor of a .npy file. Raises ValueError if it is not latents of this generator."""
     try:
         x = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"cannot read the latents {path}: {error}") from None
     fitting = (None, G.z_dim if space == "z" else G.mapping.w_dim) if x.ndim == 2 else (None, G.num_ws, G.mapping.w_dim)
-    if len(x.shape) != len(fitting) or x.shape[1:] != fitting[1:] or not np.issubdtype(x.dtype, np.floating):
+    if not isinstance(x, np.ndarray):
+        raise ValueError(f"{path} is an archive of arrays: save the latents alone, with numpy.save")
+    if (
+        not len(x)
+        or len(x.shape) != len(fitting)
+        or x.shape[1:] != fitting[1:]
+        or not np.issubdtype(x.dtype, np.floating)
+    ):
         raise ValueError(
             f"{path} holds {x.dtype} {list(x.shape)}; this generator takes z [N, {G.z_dim}], "
             f"w [N, {G.mapping.w_dim}] (--space w) or ws [N, {G.num_ws}, {G.mapping.w_dim}]"
@@ -148,7 +163,7 @@ def one_hot(number: int | None, seeds: list[int], class_names: list[str], device
 @torch.no_grad()
 def draw(G: Generator, seeds: list[int], ws: Tensor, options: Arguments) -> Iterator[tuple[range, Tensor]]:
     """(which images, uint8 [n, C, H, W] on the CPU), some at a time."""
-    ws = G.mapping.w_avg.lerp(ws, options.truncation)
+    ws = truncate(ws, G.mapping.w_avg, options.truncation)
     for start in range(0, len(seeds), options.batch):
         some = range(start, min(start + options.batch, len(seeds)))
         noise = options.noise

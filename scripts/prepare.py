@@ -16,6 +16,7 @@ from styleloom.datasets.shards import Prepared, prepare
 from styleloom.datasets.sources import open_source
 from styleloom.datasets.workers import default_workers
 from styleloom.scripts.cli import parse, run
+from styleloom.training.networks.stylegan2 import start_size
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Arguments:
 def main(args: Sequence[str]) -> int | None:
     options: Arguments = parse(Arguments, args, "prepare")
     width, height = parse_resolution(options.resolution)
+    warn_of_odd_size(width, height)
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         outcome = prepare(
@@ -92,6 +94,16 @@ def parse_resolution(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def warn_of_odd_size(width: int, height: int) -> None:
+    """Says before the work that no network here takes such images. Not an error: other programs may."""
+    if min(width, height) < 1:
+        return  # `prepare` refuses it
+    try:
+        start_size(width, height)
+    except ValueError as error:
+        print(f"Note: the networks here cannot be trained at this size. {error}")
+
+
 def summary(outcome: Prepared, dest: Path) -> str:
     """What was done and what to do next, for a person."""
     manifest, report, already = outcome
@@ -109,7 +121,8 @@ def summary(outcome: Prepared, dest: Path) -> str:
     if told:
         lines.append(f"Of {report.read:,} pictures: {', '.join(told)}. See {dest / REPORT}")
     side = max(outcome.manifest.width, outcome.manifest.height)
-    preset = next((f"stylegan2-{size}" for size in (128, 256, 512) if side <= size), "stylegan2-1024")
+    fitting = {64: "stylegan2-cpu", 128: "stylegan2-128", 256: "stylegan2-256", 512: "stylegan2-512"}
+    preset = next((name for size, name in fitting.items() if side <= size), "stylegan2-1024")
     lines.append(f"Next: styleloom train {preset} --data.path {shlex.quote(str(dest))} --out RUN")
     return "\n".join(lines)
 

@@ -326,3 +326,12 @@ def test_weights_that_do_not_fit_are_refused_by_name(snapshot, change, what):
     save_file(tensors, snapshot / "generator.safetensors")
     with pytest.raises(ValueError, match=what):
         checkpoint.load_generator(snapshot)
+
+
+def test_restored_optimizer_state_lies_where_its_parameter_does():
+    """A fused optimizer on a GPU needs its step count there; `meta` stands in for the GPU."""
+    network = torch.nn.Linear(2, 2, device="meta")
+    optimizer = torch.optim.Adam(network.parameters())
+    saved = {"weight:step": torch.tensor(3.0), "weight:exp_avg": torch.zeros(2, 2)}
+    checkpoint.load_optimizer_state(optimizer, network, saved)
+    assert {x.device.type for x in optimizer.state[network.weight].values()} == {"meta"}

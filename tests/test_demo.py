@@ -34,22 +34,22 @@ def test_the_demo(stand_in, call, tmp_path):
     out = tmp_path / "out"
     status, said, err = call(demo.main, "--out", out, *TINY)
     assert status == 0, err
-    assert read_manifest(out / "data-64").count == 14
-    assert complete(out / "run-64" / "checkpoints")[-1].name == "nimg-000000012"
+    assert read_manifest(out / "data-32").count == 14
+    assert complete(out / "run-32" / "checkpoints")[-1].name == "nimg-000000012"
     (line,) = (line for line in said.splitlines() if line.startswith("What it draws now:"))
-    assert Path(line.split()[-1]) == out / "run-64" / "samples" / "fakes-000000012.png"
+    assert Path(line.split()[-1]) == out / "run-32" / "samples" / "fakes-000000012.png"
     assert Path(line.split()[-1]).is_file()
     (line,) = (line for line in said.splitlines() if line.startswith("What it learned from:"))
     assert Path(line.split()[-1]).is_file()
-    assert f"tensorboard --logdir {out / 'run-64'}" in said
+    assert f"tensorboard --logdir {out / 'run-32'}" in said
     assert "styleloom generate" in said
     # Again, it prepares nothing and goes on where it was.
-    before = (out / "data-64" / "manifest.json").stat().st_mtime_ns
+    before = (out / "data-32" / "manifest.json").stat().st_mtime_ns
     status, said, _ = call(demo.main, f"--out={out}", *TINY, "--total-kimg=0.016")
     assert status == 0
     assert "Going on from" in said
-    assert str(out / "run-64" / "samples" / "fakes-000000016.png") in said
-    assert (out / "data-64" / "manifest.json").stat().st_mtime_ns == before
+    assert str(out / "run-32" / "samples" / "fakes-000000016.png") in said
+    assert (out / "data-32" / "manifest.json").stat().st_mtime_ns == before
 
 
 def test_without_the_pictures(refused, tmp_path, monkeypatch):

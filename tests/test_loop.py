@@ -13,14 +13,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from styleloom.datasets.manifest import read_manifest
+from styleloom.datasets.manifest import locked, read_manifest
 from styleloom.datasets.shards import prepare
 from styleloom.datasets.sources import open_source
 from styleloom.datasets.stream import batches
-from styleloom.scripts import train
+from styleloom.scripts import generate, train
 from styleloom.training import report
 from styleloom.training.checkpoint import complete
 from styleloom.training.config import read_run
+from styleloom.training.distributed import Team
 from styleloom.training.trainer import Training
 
 LONG = ["--total-kimg=0.096", "--keep-checkpoints=9"]  # 24 steps
@@ -95,7 +96,7 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], prefix: str
 
 def test_the_folder_of_a_run(whole, settings, unlabelled):
     entries = {path.name for path in whole.iterdir()}
-    assert entries == {"run.json", "stats.jsonl", "tb", "samples", "checkpoints", "snapshots"}
+    assert entries == {".lock", "run.json", "stats.jsonl", "tb", "samples", "checkpoints", "snapshots"}
     assert read_run(whole / "run.json") == settings(unlabelled, whole, *LONG)
     assert [path.name for path in complete(whole / "checkpoints")] == [f"nimg-{n:09d}" for n in (20, 40, 60, 80, 96)]
     assert [path.name for path in complete(whole / "snapshots")] == [f"nimg-{n:09d}" for n in (28, 56, 84, 96)]
@@ -447,3 +448,41 @@ def test_a_run_that_diverges_stops_with_a_clear_message(unlabelled, arguments, r
     assert "were not finite 10 times in a row" in complaint
     assert "a lower recipe.lr" in complaint
     assert sum(line["nonfinite/Dmain"] for line in stats(out)) > 0
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "channels", "options"),
+    [(16, 24, 4, ["--data.labels"]), (16, 24, 1, ["--precision=bf16"]), (24, 16, 3, ["--precision=fp16"])],
+)
+def test_rectangular_grey_and_transparent_pictures(tmp_path, pictures, arguments, width, height, channels, options):
+    """The whole way: prepare, train, draw. (A start of 4x6 or 6x4, two more levels.)"""
+    data, out, images = tmp_path / "data", tmp_path / "out", tmp_path / "images"
+    source = open_source(pictures, "folders")
+    prepare(source, data, width=width, height=height, channels=channels, progress=False)
+    assert train.main(arguments(data, out, *options)) == 0
+    assert stats(out)[-1]["nonfinite/Gmain"] == 0
+    assert generate.main([str(out), "--seeds", "0-5", "--out", str(images), "--grid"]) == 0
+    with Image.open(images / "seed0005.png") as image:
+        assert image.size == (width, height)
+        assert image.mode == {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+
+
+def test_a_second_training_in_the_same_folder_is_refused(copy, unlabelled, arguments):
+    held = locked(copy / ".lock", "held by the test")
+    more = [*LONG[1:], "--total-kimg=0.1"]
+    with held, pytest.raises(ValueError, match="another styleloom train is running in"):
+        train.main(arguments(unlabelled, copy, *more))
+    assert train.main(arguments(unlabelled, copy, *more)) == 0
+
+
+def test_processes_that_see_other_checkpoints_are_refused(copy, unlabelled, settings, monkeypatch):
+    team = Team()
+    elsewhere = (0, read_manifest(unlabelled).hash)  # what a node with a folder of its own would begin with
+    monkeypatch.setattr(team, "gather", lambda mine: [*mine, elsewhere] if isinstance(mine[0], tuple) else mine)
+    with pytest.raises(ValueError, match="folders that all nodes share"):
+        Training(settings(unlabelled, copy, *LONG), team).begin()
+
+
+def test_passes_may_change_on_resume(copy, unlabelled, arguments):
+    more = [*LONG[1:], "--total-kimg=0.104", "--passes=2"]
+    assert train.main(arguments(unlabelled, copy, *more)) == 0

@@ -67,7 +67,7 @@ def test_prepares_and_says_what_to_do_next(pictures, tmp_path, capsys):
     lines = out.splitlines()
     assert lines[0] == f"{dest} is ready: 6 images of 16x8 in 1 shard, 0.0 MB."
     assert lines[1] == f"Of 7 pictures: 1 unreadable. See {dest}/report.json"
-    assert lines[2] == f"Next: styleloom train stylegan2-256 --data.path '{dest}' --out RUN"
+    assert lines[2] == f"Next: styleloom train stylegan2-cpu --data.path '{dest}' --out RUN"
     manifest = read_manifest(dest)
     assert (manifest.width, manifest.height, manifest.channels) == (16, 8, 1)
     status, out, _ = call(capsys, pictures, dest, "--resolution", "16x8", "--workers", "2", "--channels", "1")

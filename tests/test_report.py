@@ -120,3 +120,11 @@ def test_tensorboard_has_scalars_and_pictures_without_what_was_undone(tmp_path):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_statistic_may_come_from_two_devices():
+    """A restored tick lies on the CPU, what is reported next on the GPU (here: meta), and the other way round."""
+    report("x", torch.ones(2))
+    report("x", torch.ones(2, device="meta"))
+    assert Report.state_dict()["x"].device.type == "meta"
+    Report.load_state_dict({})

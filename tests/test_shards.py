@@ -15,7 +15,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from styleloom.datasets import shards
 from styleloom.datasets.decode import decode
-from styleloom.datasets.manifest import WORK, load_index, read_manifest, write_manifest
+from styleloom.datasets.manifest import WORK, load_index, locked, read_manifest, write_manifest
 from styleloom.datasets.shards import prepare
 from styleloom.datasets.sources import open_source
 from styleloom.datasets.verify import verify
@@ -229,7 +229,10 @@ def test_foreign_folders_are_left_alone(pictures, tmp_path):
 def test_two_at_once_are_refused(pictures, tmp_path):
     dest = tmp_path / "data"
     (dest / WORK).mkdir(parents=True)
-    with shards._locked(dest), pytest.raises(ValueError, match="another styleloom prepare is writing"):
+    with (
+        locked(dest / WORK / shards._LOCK, "held by the test"),
+        pytest.raises(ValueError, match="another styleloom prepare is writing"),
+    ):
         make(pictures, dest)
 
 

@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 
 from styleloom.datasets.manifest import load_index, read_manifest
 from styleloom.scripts import cli, train
@@ -278,3 +279,18 @@ def test_how_errors_end(error, status, said, capsys, monkeypatch):
 def test_our_own_defects_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         cli.run(lambda args: 1 // 0, "train", [])
+
+
+def test_out_of_memory_ends_in_two_lines(refused):
+    def greedy(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore of it.")
+
+    assert "--passes" in refused(greedy)
+
+
+def test_any_other_runtime_error_keeps_its_traceback():
+    def broken(_):
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli.run(broken, "train", [])

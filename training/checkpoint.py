@@ -42,7 +42,7 @@ def load_optimizer_state(optimizer: Optimizer, network: nn.Module, state: dict[s
     for name, x in state.items():
         parameter, key = name.rsplit(":", 1)
         p = parameters[parameter]
-        optimizer.state[p][key] = x if key == "step" else torch.empty_like(p).copy_(x)
+        optimizer.state[p][key] = x.to(p.device) if key == "step" else torch.empty_like(p).copy_(x)
 
 
 @contextlib.contextmanager
@@ -101,7 +101,7 @@ def save(folder: Path, states: States, meta: dict[str, Any], run: Run, keep: int
         write_run(run, temporary / "run.json")
         (temporary / "state.json").write_text(json.dumps({**meta, "states": sorted(states)}, indent=1) + "\n")
     for old in complete(folder)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))  # never a half one under a whole one's name
     return target
 
 
@@ -203,14 +203,14 @@ def read_snapshot(path: Path) -> dict[str, Any]:
 
 
 def load_generator(path: Path) -> tuple[Generator, dict[str, Any]]:
-    """(averaged generator in eval mode on the CPU, snapshot.json) of a snapshot folder.
+    """(averaged generator in eval mode on the CPU, in fp32 whatever it was trained in, snapshot.json) of a folder.
 
     Raises:
         ValueError: a part is missing, or the weights do not fit the description.
     """
     about = read_snapshot(path)
     sizes = about["width"], about["height"], about["channels"], len(about["class_names"])
-    generator, _ = build(about["run"], *sizes)
+    generator, _ = build(about["run"].model_copy(update={"precision": "fp32"}), *sizes)
     fill(generator, read_tensors(path / "generator.safetensors"), path)
     return generator.eval().requires_grad_(False), about
 

@@ -10,6 +10,8 @@ from ..datasets.manifest import write_atomically
 
 
 class Section(BaseModel):
+    """A part of the description: immutable, and without fields that it does not know."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -124,8 +126,8 @@ class Run(Section):
 
 # What a run may change when it goes on: how long it lasts, how often it tells, where things lie, what it costs.
 FREE = {
-    "data.path", "data.workers", "data.verify", "out", "init", "total_kimg", "tick_kimg", "checkpoint_kimg",
-    "snapshot_kimg", "keep_checkpoints",
+    "preset", "data.path", "data.workers", "data.verify", "out", "passes", "total_kimg", "tick_kimg",
+    "checkpoint_kimg", "snapshot_kimg", "keep_checkpoints",
 }  # fmt: skip
 
 

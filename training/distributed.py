@@ -22,7 +22,7 @@ class Team:
             self.accelerator = Accelerator(cpu=cpu, kwargs_handlers=[patience])
         wanted = int(os.environ.get("WORLD_SIZE", 1))
         if self.accelerator.num_processes != wanted:
-            # Seen with `accelerate launch --cpu --num_processes 2`: each process would train alone, without a word.
+            # Otherwise each process would train alone, without a word, and write over the others' files.
             raise ValueError(
                 f"{wanted} processes were launched but only {self.accelerator.num_processes} joined. On CPU start them "
                 "with ACCELERATE_USE_CPU=true and accelerate launch --multi_gpu --num_processes N, or torchrun."

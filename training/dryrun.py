@@ -27,8 +27,9 @@ class Estimate:
 
 
 def dry_run(run: Run, team: Team) -> int:
-    """Prints the plan of a run and writes nothing. Raises ValueError where training would."""
+    """Prints the plan of a run and writes nothing. Raises ValueError where training would (but needs no `out`)."""
     training = Training(run, team)
+    training.begin()
     estimate = measure(training)
     for line in [*describe(training), *costs(training, estimate)]:
         say(team, line)
@@ -70,6 +71,12 @@ def describe(training: Training) -> list[str]:
         json.dumps(run.model_dump(mode="json"), indent=1),
         f"Data set: {m.count:,} images of {m.width}x{m.height}, {m.channels} channels, {m.classes or 'no'} classes.",
         *(f"{name}: {count(network):,} parameters." for name, network in training.recipe.networks.items()),
+        *(
+            f"{name}'s optimizer: " + ", ".join(f"{key} {group[key]}" for key in ("lr", "betas", "eps"))
+            for name, optimizer in training.recipe.optimizers.items()
+            for group in optimizer.param_groups
+        ),
+        f"R1 gamma: {training.recipe.r1_gamma:g}. Processes that read data: {training.data_workers()} a trainer.",
         f"Batch: {run.batch} images = {run.batch // world} on each of {world} processes, in {run.passes} passes.",
         f"Schedule: {run.total_kimg:g} kimg = {iterations:,} iterations of {phases}.",
         f"          Every {run.tick_kimg:g} kimg a progress line, every {run.checkpoint_kimg:g} a checkpoint, every "

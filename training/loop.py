@@ -14,7 +14,8 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, report, schedule
+from ..datasets.manifest import locked
+from . import report, schedule
 from .config import Run, write_run
 from .distributed import Team
 from .trainer import Training
@@ -51,16 +52,18 @@ def train(run: Run, team: Team) -> int:
         raise ValueError("no folder given for the run: --out DIR")
     training = Training(run, team)
     out, total = Path(run.out), math.ceil(run.total_kimg * 1000 / run.batch) * run.batch
-    earlier = checkpoint.complete(out / "checkpoints")
-    if earlier:
-        training.restore(earlier[-1])
-        if training.nimg >= total:
-            say(team, f"{out} is complete at {training.nimg / 1000:g} kimg; a larger --total-kimg goes on with it.")
-            return 0
-    elif run.init:
-        training.initialise(Path(run.init))
-    writer = start_writing(training, out) if team.main else None
+    training.begin()
+    if training.nimg >= total:
+        say(team, f"{out} is complete at {training.nimg / 1000:g} kimg; a larger --total-kimg goes on with it.")
+        return 0
+    with own_folder(out, team):
+        return loop(training, total)
 
+
+def loop(training: Training, total: int) -> int:
+    """Trains up to `total` images; the exit status as in `train`."""
+    run, team = training.run, training.team
+    writer = start_writing(training, Path(run.out)) if team.main else None
     shown = team.main and sys.stderr.isatty()
     bar = tqdm(total=total, initial=training.nimg, unit="img", disable=not shown, leave=False)
     with Stop() as stop, contextlib.closing(training.stream()) as reals, bar:
@@ -86,12 +89,22 @@ def train(run: Run, team: Team) -> int:
                 training.snapshot(writer)
             if last or schedule.crossed(before, nimg, round(run.checkpoint_kimg * 1000)):
                 training.save()
-    return finish(training, total, stop.signal, writer)
+        return finish(training, total, stop.signal, writer)
+
+
+@contextlib.contextmanager
+def own_folder(out: Path, team: Team) -> Iterator[None]:
+    """Keeps a second training out of the run's folder while this one goes on."""
+    if not team.main:
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out / ".lock", f"another styleloom train is running in {out}: let it end first, or give another --out"):
+        yield
 
 
 def start_writing(training: Training, out: Path) -> report.Writer:
     """The run's folder, with `run.json` and, at the very start, the pictures to compare with."""
-    out.mkdir(parents=True, exist_ok=True)
     write_run(training.run, out / "run.json")
     writer = report.Writer(out, training.nimg)
     if training.nimg == 0:
@@ -173,7 +186,8 @@ def tick_text(nimg: int, total: int, timing: dict[str, Any], means: dict[str, fl
     return (
         f"kimg {nimg / 1000:8.1f} / {total / 1000:g}  {timing['sec_per_kimg']:.2f} sec/kimg  "
         f"{timing['images_per_s']:.1f} img/s  data wait {timing['data_wait']:.1%}  {losses}  "
-        f"mem {timing['peak_memory_gb']:.1f} GB  ETA {left}" + (f"  NON-FINITE GRADIENTS {bad:g}" if bad else "")
+        f"mem {timing['peak_memory_gb']:.1f} GB  ETA {left}"
+        + (f"  {bad:.3g} NON-FINITE GRADIENT ELEMENTS A STEP" if bad else "")
     )
 
 

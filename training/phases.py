@@ -46,6 +46,7 @@ class Phase:
     trains: str
     """Name of the network whose parameters it changes."""
     loss: Callable[[Batch], Loss]
+    """Of one pass: its `per_sample` [n] belongs to the batch's n samples."""
     batch: int
     """Images over all passes and processes."""
     interval: int = 1
@@ -92,8 +93,7 @@ def run_phase(
         (loss.per_sample.sum() / phase.batch).backward(inputs=parameters)
         for name, rows in loss.statistics.items():
             sums[name] += rows.detach().to(dtype).sum(dim=0)
-    reduce_gradients(parameters, list(sums.values()), sum_)
-    bad = sum(int((~torch.isfinite(p.grad)).sum()) for p in parameters if p.grad is not None)
+    bad = reduce_gradients(parameters, list(sums.values()), sum_)
     report(f"nonfinite/{phase.name}", float(bad))
     if bad:
         return False
@@ -103,10 +103,13 @@ def run_phase(
     return True
 
 
-def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], sum_: Sum) -> None:
+def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], sum_: Sum) -> int:
     """Sums the gradients, and other tensors in place, over all processes with one flat all-reduce.
 
     A parameter without a gradient anywhere keeps none: Adam leaves it alone, which a zero gradient would not.
+
+    Returns:
+        How many elements of the summed gradients (and other tensors) are not finite.
     """
     dtype, device = parameters[0].dtype, parameters[0].device
     has = torch.tensor([p.grad is not None for p in parameters], dtype=dtype, device=device)
@@ -114,8 +117,9 @@ def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], sum_:
     tensors = [*grads, *others, has]
     flat = sum_(torch.cat([x.flatten().to(dtype) for x in tensors]))
     parts = [part.reshape(x.shape) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)]
-    present = parts[-1].tolist()
+    *present, bad = torch.cat([parts[-1], (~torch.isfinite(flat)).sum().to(dtype)[None]]).tolist()  # one wait for both
     for p, grad, any_ in zip(parameters, parts, present, strict=False):
         p.grad = grad if any_ else None
     for x, total in zip(others, parts[len(parameters) :], strict=False):
         x.copy_(total)
+    return int(bad)

@@ -23,7 +23,9 @@ def report(name: str, values: Tensor | float) -> None:
     """Adds values of any shape to the statistic `name`. Cheap: nothing is synchronised before `collect`."""
     x = torch.as_tensor(values).detach().double().flatten()
     moments = torch.stack([torch.full([], x.numel(), dtype=x.dtype, device=x.device), x.sum(), x.square().sum()])
-    _moments[name] = _moments[name] + moments if name in _moments else moments
+    if name in _moments:
+        moments = moments + _moments[name].to(moments.device)
+    _moments[name] = moments
 
 
 class Report:
@@ -96,7 +98,9 @@ class Writer:
     def line(self, values: dict[str, Any]) -> None:
         """One object (with `nimg`) into `stats.jsonl`, its numbers into TensorBoard."""
         with _naming(self.stats), open(self.stats, "a") as file:
-            file.write(json.dumps(values) + "\n")
+            # JSON has no NaN.
+            finite = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in values.items()}
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
         with _naming(self.folder):
             for name, value in values.items():
                 if isinstance(value, int | float):

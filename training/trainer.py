@@ -1,6 +1,5 @@
 """All that trains, as one object: the data set, the recipe with its networks, the average, and how far it has come."""
 
-import os
 from collections.abc import Generator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from ..datasets.manifest import Manifest, check_shard, read_manifest
 from ..datasets.stream import batches
 from ..datasets.verify import hash_faults
+from ..datasets.workers import default_workers
 from . import checkpoint, ema, recipes, report, schedule
 from .config import Run, protected_differences
 from .distributed import Team
@@ -30,6 +30,8 @@ class Training:
         self._check_split()
         if team.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
+        elif run.precision == "fp16" and team.main:
+            print("Note: fp16 on a CPU is many times slower than --precision fp32.", flush=True)
         class_counts = m.class_counts if run.data.labels else []
         self.recipe = recipes.build(run, m.width, m.height, m.channels, class_counts, team.device)
         self.average = ema.average_of(self.recipe.networks[self.recipe.averaged])
@@ -50,8 +52,6 @@ class Training:
     def stream(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """This process's share of the batches from `nimg` on."""
         d = self.run.data
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(max(cores // self.team.local_world - 1, 1), 8) if d.workers < 0 else d.workers
         return batches(
             d.path,
             self.manifest,
@@ -61,10 +61,15 @@ class Training:
             rank=self.team.rank,
             world=self.team.world,
             mirror=d.mirror,
-            workers=workers,
+            workers=self.data_workers(),
             window=d.window,
             pin_memory=self.team.device.type == "cuda",
         )
+
+    def data_workers(self) -> int:
+        """Processes that read and decode for this one."""
+        wanted = self.run.data.workers
+        return wanted if wanted >= 0 else min(max(default_workers() // self.team.local_world - 1, 1), 8)
 
     def passes(self, phase: Phase, images: Tensor, labels: Tensor) -> list[Batch]:
         """This process's rows of a phase, split into passes; `images` and `labels` are its rows of the iteration."""
@@ -93,7 +98,8 @@ class Training:
         for phase in recipe.phases:
             if schedule.due(self.nimg, run.batch, phase.interval):
                 self.run_phase(phase, reals, classes)
-        beta = schedule.ema_beta(self.nimg, run.batch, run.ema.half_life_kimg * 1000, run.ema.ramp)
+        ramp = None if run.init else run.ema.ramp  # a snapshot's weights are not to be forgotten early
+        beta = schedule.ema_beta(self.nimg, run.batch, run.ema.half_life_kimg * 1000, ramp)
         ema.update_average(self.average, recipe.networks[recipe.averaged], beta)
         self.nimg += run.batch
 
@@ -137,6 +143,25 @@ class Training:
             folder = Path(self.run.out) / "checkpoints"
             checkpoint.save(folder, self.states(), meta, self.run, self.run.keep_checkpoints)
         self.team.wait()
+
+    def begin(self) -> None:
+        """Goes on from the newest checkpoint in the run's folder, or begins, from `init` where given.
+
+        Raises ValueError if the checkpoint is of another run or data set, if the processes do not see the same one, or
+        if the snapshot does not fit.
+        """
+        checkpoints = checkpoint.complete(Path(self.run.out) / "checkpoints") if self.run.out else []
+        if checkpoints:
+            self.restore(checkpoints[-1])
+        elif self.run.init:
+            self.initialise(Path(self.run.init))
+        starts = self.team.gather([(self.nimg, self.manifest.hash)])
+        if len(set(starts)) > 1:
+            raise ValueError(
+                "the processes do not see the same files: they begin at "
+                f"{sorted({nimg for nimg, _ in starts})} images. "
+                "--out and --data.path have to be folders that all nodes share."
+            )
 
     def restore(self, folder: Path) -> None:
         """Goes back to a checkpoint. Raises ValueError if it is of another run or data set."""
