@@ -17,8 +17,8 @@ from styleloom.training.loop import train
 
 OUT = "styleloom-demo"
 
-# (preset, image size, what is shorter than in a real run)
-ON_CPU = ("stylegan2-cpu", 32, ["--data.mirror"])
+# (preset, image size, what is smaller or shorter than in a real run)
+ON_CPU = ("stylegan2-cpu", 32, ["--data.mirror", "--network.channel-base", "512", "--total-kimg", "90"])
 ON_GPU = (
     "stylegan2-128",
     128,
