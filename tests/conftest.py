@@ -26,7 +26,8 @@ PRESET = "stylegan2-cpu"
 TINY = [
     "--network.z-dim=8", "--network.w-dim=8", "--network.mapping-layers=2", "--network.channel-base=64",
     "--network.mbstd-group=2", "--recipe.pl-weight=2", "--recipe.pl-interval=2", "--recipe.r1-interval=3",
-    "--recipe.r1-gamma=10", "--recipe.style-mixing=0.9", "--data.mirror", "--data.workers=0", "--data.window=2",
+    "--recipe.r1-gamma=10", "--recipe.lr=0.0025", "--recipe.style-mixing=0.9", "--network.noise",
+    "--data.mirror", "--data.workers=0", "--data.window=2",
     "--batch=4", "--total-kimg=0.048", "--tick-kimg=0.012", "--checkpoint-kimg=0.02", "--snapshot-kimg=0.028",
 ]  # fmt: skip
 

@@ -114,7 +114,7 @@ def test_protected_differences_name_what_differs():
     new = changed(old, seed=1, recipe__lr=0.001, network__z_dim=64)
     assert sorted(protected_differences(old, new)) == [
         "network.z_dim: 128 -> 64",
-        "recipe.lr: 0.0025 -> 0.001",
+        "recipe.lr: 0.003 -> 0.001",
         "seed: 0 -> 1",
     ]
     assert protected_differences(old, old) == []
