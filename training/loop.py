@@ -70,9 +70,9 @@ def loop(training: Training, total: int) -> int:
         tick = Tick(training)
         while training.nimg < total and not team.any(bool(stop.signal)):
             before = training.nimg
-            with tick.waiting():
+            with tick.adding_to("waited"):
                 images, labels = next(reals)
-            with tick.working():
+            with tick.adding_to("worked"):
                 training.step(images, labels)
             bar.update(run.batch)
 
@@ -141,20 +141,13 @@ class Tick:
         self.waited = self.worked = 0.0
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Time spent waiting for data."""
+    def adding_to(self, share: str) -> Iterator[None]:
+        """Adds the time that the block takes to "waited" (for data) or "worked", and to the training's."""
         began = time.perf_counter()
         yield
-        self.waited += time.perf_counter() - began
-        self.training.seconds += time.perf_counter() - began
-
-    @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
-        """Time spent on a training step."""
-        began = time.perf_counter()
-        yield
-        self.worked += time.perf_counter() - began
-        self.training.seconds += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        setattr(self, share, getattr(self, share) + seconds)
+        self.training.seconds += seconds
 
     def timing(self) -> dict[str, Any]:
         """The tick's figures for `stats.jsonl`."""
