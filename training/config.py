@@ -169,7 +169,7 @@ PRESETS: dict[str, Run] = {
             network=StyleGAN2Network(
                 z_dim=128, w_dim=128, mapping_layers=2, channel_base=1024, channel_max=128, noise=False
             ),
-            recipe=StyleGAN2Recipe(lr=0.003, r1_gamma=0.3, pl_weight=0, style_mixing=0),
+            recipe=StyleGAN2Recipe(lr=0.003, r1_gamma=1.0, pl_weight=0, style_mixing=0),
             ema=Ema(half_life_kimg=10.0, ramp=0.1),
             batch=16,
             total_kimg=300,
