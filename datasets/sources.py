@@ -13,6 +13,7 @@ import os
 import re
 import tarfile
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -44,7 +45,7 @@ class Entry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class Source(ABC):
     """A sorted list of pictures. It can be pickled to other processes, which open the files themselves."""
 
     root: Path
@@ -55,13 +56,13 @@ class Source:
     def __len__(self) -> int:
         return len(self.entries)
 
+    @abstractmethod
     def read(self, i: int) -> bytes:
         """The encoded bytes of picture `i`.
 
         Raises OSError if the source as a whole cannot be read (any more), and errors of any other kind if it is only
         this picture.
         """
-        raise NotImplementedError
 
     def part(self, start: int, stop: int) -> Self:
         """The pictures [start, stop) as a source of their own: what a worker needs, and no more."""

@@ -45,7 +45,7 @@ def upfirdn2d(
     Returns:
         [N, C, (H * up_y + y0 + y1 - fh) // down_y + 1, the same for W], dtype of `x`. Differentiable to any order.
     """
-    fast = polyphase(x, f, up, down, padding, flip_filter, gain)
+    fast = strided(x, f, up, down, padding, flip_filter, gain)
     return reference(x, f, up, down, padding, flip_filter, gain) if fast is None else fast
 
 
@@ -63,13 +63,13 @@ def reference(
     N, C, H, W = x.shape
     x = F.pad(x.reshape(N, C, H, 1, W, 1), [0, up_x - 1, 0, 0, 0, up_y - 1])
     x = x.reshape(N, C, H * up_y, W * up_x)
-    x = F.pad(x, [x0, x1, y0, y1])  # negative amounts crop
+    x = _pad(x, [x0, x1, y0, y1])
     weight = _weight(f, gain, flip_filter, C, x.dtype)
     x = F.conv2d(x, weight, groups=C)
     return x[:, :, ::down_y, ::down_x]
 
 
-def polyphase(
+def strided(
     x: Tensor,
     f: Tensor,
     up: Ints,
@@ -88,14 +88,14 @@ def polyphase(
         weight = _weight(f, gain, flip_filter, C, x.dtype)
         if x0 == x1 and y0 == y1 and min(x0, y0) >= 0:  # the convolution pads by itself: no padded copy
             return F.conv2d(x, weight, stride=(down_y, down_x), padding=(y0, x0), groups=C)
-        return F.conv2d(F.pad(x, [x0, x1, y0, y1]), weight, stride=(down_y, down_x), groups=C)
+        return F.conv2d(_pad(x, [x0, x1, y0, y1]), weight, stride=(down_y, down_x), groups=C)
     if down_x == down_y == 1:
         # A transposed convolution spreads the unflipped filter: a true convolution of the zero-inserted image.
         weight = _weight(f, gain, not flip_filter, C, x.dtype)
         fh, fw = weight.shape[2:]
         y = F.conv_transpose2d(x, weight, stride=(up_y, up_x), groups=C)
         # It covers the image from its first to its last non-zero sample with the filter's full support around it.
-        return F.pad(y, [x0 - fw + 1, x1 - fw + up_x, y0 - fh + 1, y1 - fh + up_y])
+        return _pad(y, [x0 - fw + 1, x1 - fw + up_x, y0 - fh + 1, y1 - fh + up_y])
     return None
 
 
@@ -130,6 +130,15 @@ def _weight(f: Tensor, gain: float, flip_filter: bool, channels: int, dtype: tor
 
 def _shape(f: Tensor) -> tuple[int, int]:
     return (f.shape[0], f.shape[-1])
+
+
+def _pad(x: Tensor, amounts: list[int]) -> Tensor:
+    """Zeros around the image; negative amounts crop. In this order: a crop on one side may take more than the image is
+    wide, and the rest of what is padded on the other, which `F.pad` alone refuses."""
+    if min(amounts) < 0 < max(amounts):
+        x = F.pad(x, [max(n, 0) for n in amounts])
+        amounts = [min(n, 0) for n in amounts]
+    return F.pad(x, amounts)
 
 
 def _pair(value: Ints) -> tuple[int, int]:

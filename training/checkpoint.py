@@ -109,7 +109,7 @@ def load(folder: Path) -> tuple[States, dict[str, Any], Run]:
     """(states, meta, run) of a checkpoint folder. Raises ValueError if a part is missing or unreadable."""
     try:
         meta = json.loads((folder / "state.json").read_text())
-        meta |= {key: meta[key] for key in ("nimg", "seconds", "processes", "data_hash")}
+        _require(meta, "nimg", "seconds", "processes", "data_hash")
         states = {name: read_tensors(folder / f"{name}.safetensors") for name in meta["states"]}
         return states, meta, read_run(folder / "run.json")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -125,6 +125,12 @@ def complete(folder: Path) -> list[Path]:
         return []
     whole = [path for path in folder.iterdir() if re.fullmatch(r"nimg-\d{9,}", path.name)]
     return sorted(whole, key=lambda path: int(path.name.removeprefix("nimg-")))
+
+
+def _require(values: dict[str, Any], *keys: str) -> None:
+    """Raises KeyError naming the first key that is missing."""
+    for key in keys:
+        values[key]
 
 
 def _brief(error: Exception) -> str:
@@ -195,7 +201,8 @@ def read_snapshot(path: Path) -> dict[str, Any]:
         if about["format"] != SNAPSHOT:
             raise ValueError(f"its format is {about['format']!r}, not {SNAPSHOT!r}")
         about["run"] = Run.model_validate(about["run"])
-        return about | {key: about[key] for key in ("nimg", "width", "height", "channels", "class_names")}
+        _require(about, "nimg", "width", "height", "channels", "class_names")
+        return about
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path / 'snapshot.json'} is not a snapshot that this version reads: {_brief(error)}"

@@ -171,10 +171,9 @@ def peak_memory(device: torch.device) -> int:
 
 
 def tick_text(nimg: int, total: int, timing: dict[str, Any], means: dict[str, float]) -> str:
-    """The progress line."""
+    """The progress line, with every statistic that is called loss/NAME."""
     left = report.duration((total - nimg) / 1000 * timing["sec_per_kimg"])
-    shown = {"G": "loss/G", "D": "loss/D", "r1": "loss/r1", "pl": "loss/path_length"}
-    losses = "  ".join(f"{short} {means[name]:.3g}" for short, name in shown.items() if name in means)
+    losses = "  ".join(f"{name[5:]} {value:.3g}" for name, value in means.items() if name.startswith("loss/"))
     bad = sum(value for name, value in means.items() if name.startswith("nonfinite/"))
     return (
         f"kimg {nimg / 1000:8.1f} / {total / 1000:g}  {timing['sec_per_kimg']:.2f} sec/kimg  "

@@ -18,6 +18,9 @@ def ema_beta(nimg: int, batch: int, half_life: float, ramp: float | None) -> flo
         half_life: images after which a weight's influence has halved.
         ramp: limits the half-life to this fraction of the images shown so far, so that the first, poor weights are
             forgotten early (Karras et al. 2020, StyleGAN2-ADA, appendix B); None: no limit.
+
+    Returns:
+        0 to 1: what the average keeps of itself.
     """
     if ramp is not None:
         half_life = min(half_life, nimg * ramp)

@@ -206,17 +206,16 @@ class Training:
         checkpoint.fill(self.recipe.networks[self.recipe.averaged], generator, folder)
         checkpoint.fill(self.average, generator, folder)
         if (folder / "discriminator.safetensors").exists():
-            checkpoint.fill(
-                self.recipe.networks["D"], checkpoint.read_tensors(folder / "discriminator.safetensors"), folder
-            )
+            discriminator = checkpoint.read_tensors(folder / "discriminator.safetensors")
+            checkpoint.fill(self.recipe.networks[self.recipe.discriminator], discriminator, folder)
 
     def snapshot(self, writer: report.Writer) -> Path:
         """Writes a snapshot and a grid of samples. For the main process."""
         m, run = self.manifest, self.run
         names = m.class_names if run.data.labels else []
         checkpoint.save_snapshot(
-            Path(run.out) / "snapshots", self.average, self.recipe.networks["D"], run, self.nimg,
-            m.width, m.height, m.channels, names,
+            Path(run.out) / "snapshots", self.average, self.recipe.networks[self.recipe.discriminator], run,
+            self.nimg, m.width, m.height, m.channels, names,
         )  # fmt: skip
         return writer.picture(f"fakes-{self.nimg:09d}", self.sample_grid(), self.nimg)
 

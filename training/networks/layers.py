@@ -52,7 +52,9 @@ class Conv2d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.weight_gain = 1 / math.sqrt(in_channels * k**2)
 
-    def forward(self, x: Tensor, f: Tensor | None = None, gain: float | None = None, clamp: float | None = None):
+    def forward(
+        self, x: Tensor, f: Tensor | None = None, gain: float | None = None, clamp: float | None = None
+    ) -> Tensor:
         """`f` low-pass filter when down-sampling; `gain`, `clamp` as in `bias_act`. Computes in the dtype of `x`."""
         # Both activations are positively homogeneous: act(gain * x) = gain * act(x), so the weights carry the gain.
         gain = GAINS[self.act] if gain is None else gain

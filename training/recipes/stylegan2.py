@@ -16,10 +16,12 @@ class StyleGAN2:
     """Networks, phases, optimizers, and the running mean of path lengths.
 
     The loop uses: `networks`, `phases`, `optimizers` (by network), `averaged` (name of the network that is averaged and
-    shown), `z_dim`, `c_dim`, and the state_dict for what is neither network nor optimizer.
+    shown), `discriminator` (name of the one that goes into snapshots beside it), `z_dim`, `c_dim`, and the state_dict
+    for what is neither network nor optimizer.
     """
 
     averaged = "G"
+    discriminator = "D"
 
     def __init__(
         self, run: Run, width: int, height: int, img_channels: int, class_counts: list[int], device: torch.device
