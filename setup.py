@@ -18,6 +18,7 @@ setup(
     # `datasets/` has no __init__.py on purpose (see tests/test_packaging.py), so the packages are listed, not searched.
     packages=[f"styleloom.{folder}" for folder in FOLDERS],
     package_dir={f"styleloom.{folder}": folder.replace(".", "/") for folder in FOLDERS},
+    package_data={"styleloom.ops": ["csrc/*"]},
     install_requires=[
         "torch>=2.11",
         "accelerate>=1.10",
