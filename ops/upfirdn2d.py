@@ -5,20 +5,23 @@ zeros after every sample, pad (or crop, where negative), convolve with `f`, keep
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import build, native
+
 Ints = int | Sequence[int]
+LONG = 6  # taps of a separable filter from which two passes are faster than one
 
 
 def setup_filter(taps: Sequence[float] | Sequence[Sequence[float]]) -> Tensor:
-    """A 2-D float32 filter [fh, fw] of sum 1 from 1-D taps (their outer product) or 2-D taps."""
+    """A float32 filter of sum 1: [taps], for both axes, from 1-D taps, or [fh, fw] from 2-D ones."""
     f = torch.as_tensor(taps, dtype=torch.float32)
-    if f.ndim == 1:
-        f = f[:, None] * f[None, :]
-    if f.ndim != 2 or f.numel() == 0 or f.sum() == 0:
+    if f.ndim not in (1, 2) or f.numel() == 0 or f.sum() == 0:
         raise ValueError(f"a filter is one row of taps or a table of them, of sum other than 0, not {taps}")
     return f / f.sum()
 
@@ -45,8 +48,69 @@ def upfirdn2d(
     Returns:
         [N, C, (H * up_y + y0 + y1 - fh) // down_y + 1, the same for W], dtype of `x`. Differentiable to any order.
     """
-    fast = strided(x, f, up, down, padding, flip_filter, gain)
+    if f.ndim == 1 and len(f) > LONG and x.device.type == "cpu":  # cheaper along one axis after the other
+        (up_x, up_y), (down_x, down_y), (x0, x1, y0, y1) = _pair(up), _pair(down), _quad(padding)
+        x = upfirdn2d(x, f[None, :], (up_x, 1), (down_x, 1), (x0, x1, 0, 0), flip_filter, gain)
+        return upfirdn2d(x, f[:, None], (1, up_y), (1, down_y), (0, 0, y0, y1), flip_filter)
+    if native.library(x) is not None:
+        fh, fw = filter_size(f)
+        (up_x, up_y), (down_x, down_y), (x0, x1, y0, y1) = _pair(up), _pair(down), _quad(padding)
+        size = (
+            (x.shape[2] * up_y + y0 + y1 - fh) // down_y + 1,
+            (x.shape[3] * up_x + x0 + x1 - fw) // down_x + 1,
+        )
+        if min(size) < 1:
+            raise ValueError(f"upfirdn2d: the padded image is smaller than the {fh}x{fw} filter")
+        how = Resampling((up_x, up_y), (down_x, down_y), (x0, y0), flip_filter, gain)
+        return _Upfirdn2d.apply(x, f, size, how)  # type: ignore[return-value]
+    fast = None if build.path(x.device.type) == "reference" else strided(x, f, up, down, padding, flip_filter, gain)
     return reference(x, f, up, down, padding, flip_filter, gain) if fast is None else fast
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """What `_Upfirdn2d` does, as (x, y); padding is that before the first sample."""
+
+    up: tuple[int, int]
+    down: tuple[int, int]
+    padding: tuple[int, int]
+    flip_filter: bool
+    gain: float
+
+    def adjoint(self, taps: tuple[int, int]) -> "Resampling":
+        """The transposed operation, for a filter of (width, height) taps."""
+        padding = (taps[0] - 1 - self.padding[0], taps[1] - 1 - self.padding[1])
+        return Resampling(self.down, self.up, padding, not self.flip_filter, self.gain)
+
+
+class _Upfirdn2d(torch.autograd.Function):
+    """The native op, whose gradient is itself with up and down exchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, f: Tensor, size: tuple[int, int], how: Resampling) -> Tensor:
+        library = native.library(x)
+        assert library is not None
+        ctx.size, ctx.how = x.shape[2:], how
+        ctx.save_for_backward(f)
+        x, channels_last = native.dense(x)
+        f = f.detach().float().contiguous()
+        (n, c, h, w), (fh, fw) = x.shape, filter_size(f)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        y = torch.empty(n, c, *size, dtype=x.dtype, device=x.device, memory_format=layout)
+        args = native.Upfirdn2d(
+            x=x.data_ptr(), y=y.data_ptr(), fx=f.data_ptr(), fy=f.data_ptr() if f.ndim == 1 else None,
+            n=n, c=c, h=h, w=w, oh=size[0], ow=size[1], dtype=native.DTYPES[x.dtype], channels_last=channels_last,
+            fw=fw, fh=fh, up_x=how.up[0], up_y=how.up[1], down_x=how.down[0], down_y=how.down[1],
+            pad_x=how.padding[0], pad_y=how.padding[1], flip=how.flip_filter, gain=how.gain,
+        )  # fmt: skip
+        native.call(library, "sl_upfirdn2d", args, y if y.numel() > x.numel() else x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (f,) = ctx.saved_tensors
+        fh, fw = filter_size(f)
+        return _Upfirdn2d.apply(dy, f, ctx.size, ctx.how.adjoint((fw, fh))), None, None, None  # type: ignore[return-value]
 
 
 def reference(
@@ -99,21 +163,16 @@ def strided(
     return None
 
 
-def blur2d(x: Tensor, f: Tensor, padding: Ints = 0, gain: float = 1.0) -> Tensor:
-    """Filters [N, C, H, W] with `f`, padding as in `upfirdn2d`."""
-    return upfirdn2d(x, f, padding=padding, gain=gain)
-
-
 def upsample2d(x: Tensor, f: Tensor, up: int = 2) -> Tensor:
     """[N, C, H, W] -> [N, C, H * up, W * up], centred, keeping the mean brightness."""
-    fh, fw = _shape(f)
+    fh, fw = filter_size(f)
     padding = [(fw + up - 1) // 2, (fw - up) // 2, (fh + up - 1) // 2, (fh - up) // 2]
     return upfirdn2d(x, f, up=up, padding=padding, gain=up**2)
 
 
 def downsample2d(x: Tensor, f: Tensor, down: int = 2) -> Tensor:
     """[N, C, H, W] -> [N, C, H // down, W // down], centred."""
-    fh, fw = _shape(f)
+    fh, fw = filter_size(f)
     padding = [(fw - down + 1) // 2, (fw - down) // 2, (fh - down + 1) // 2, (fh - down) // 2]
     return upfirdn2d(x, f, down=down, padding=padding)
 
@@ -128,7 +187,8 @@ def _weight(f: Tensor, gain: float, flip_filter: bool, channels: int, dtype: tor
     return f.to(dtype)[None, None].expand(channels, 1, -1, -1)
 
 
-def _shape(f: Tensor) -> tuple[int, int]:
+def filter_size(f: Tensor) -> tuple[int, int]:
+    """(height, width) of a filter, [taps] or [fh, fw]."""
     return (f.shape[0], f.shape[-1])
 
 

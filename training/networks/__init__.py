@@ -22,9 +22,11 @@ def build(run: Run, width: int, height: int, img_channels: int, c_dim: int) -> t
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.seed)
         generator = Generator(
-            width, height, img_channels, c_dim, n.z_dim, n.w_dim, use_noise=n.noise, low_precision=low, **sizes
-        )
+            width, height, img_channels, c_dim, n.z_dim, n.w_dim,
+            use_noise=n.noise, low_precision=low, recompute=run.recompute, **sizes,
+        )  # fmt: skip
         discriminator = Discriminator(
-            width, height, img_channels, c_dim, mbstd_group=n.mbstd_group, low_precision=low, **sizes
-        )
+            width, height, img_channels, c_dim,
+            mbstd_group=n.mbstd_group, low_precision=low, recompute=run.recompute, **sizes,
+        )  # fmt: skip
     return generator, discriminator

@@ -2,9 +2,11 @@
 Adam's step is relative to each layer's own scale (Karras et al. 2018, "Progressive Growing of GANs", section 4.1)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ...ops.bias_act import GAINS, bias_act
 from ...ops.conv2d import conv2d
@@ -13,6 +15,16 @@ from ...ops.conv2d import conv2d
 def normalize_2nd_moment(x: Tensor, eps: float = 1e-8) -> Tensor:
     """Scales the rows of [N, D] to a mean square of 1."""
     return x * (x.square().mean(dim=1, keepdim=True) + eps).rsqrt()
+
+
+def run_block(block: nn.Module, recompute: bool, *args: Any) -> Any:
+    """`block(*args)`; with `recompute`, its inner activations are not kept for the backward pass but computed again in
+    it, with the same result to the bit (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+
+    The block must draw nothing random."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+    return block(*args)
 
 
 class Linear(nn.Module):
@@ -56,11 +68,11 @@ class Conv2d(nn.Module):
         self, x: Tensor, f: Tensor | None = None, gain: float | None = None, clamp: float | None = None
     ) -> Tensor:
         """`f` low-pass filter when down-sampling; `gain`, `clamp` as in `bias_act`. Computes in the dtype of `x`."""
-        # Both activations are positively homogeneous: act(gain * x) = gain * act(x), so the weights carry the gain.
         gain = GAINS[self.act] if gain is None else gain
-        bias = None if self.bias is None else self.bias * gain
-        x = conv2d(x, self.weight * (self.weight_gain * gain), f, down=self.down, bias=bias)
-        return bias_act(x, None, self.act, gain=1, clamp=clamp)
+        if self.act == "linear" and self.bias is None and clamp is None:
+            return conv2d(x, self.weight * (self.weight_gain * gain), f, down=self.down)
+        x = conv2d(x, self.weight * self.weight_gain, f, down=self.down)
+        return bias_act(x, self.bias, self.act, gain, clamp)
 
 
 def modulated_conv2d(
@@ -71,9 +83,12 @@ def modulated_conv2d(
     up: int = 1,
     demodulate: bool = True,
     noise: Tensor | None = None,
-    gain: float = 1.0,
+    bias: Tensor | None = None,
+    act: str = "linear",
+    clamp: float | None = None,
 ) -> Tensor:
-    """Convolution whose weights are scaled per sample (Karras et al. 2020, StyleGAN2, section 2.2, eqs. 1 and 3).
+    """Convolution whose weights are scaled per sample (Karras et al. 2020, StyleGAN2, section 2.2, eqs. 1 and 3), then
+    noise, bias and activation.
 
     Scaling the input channels by the style and the output channels by the demodulation coefficient equals scaling the
     weights, and needs no per-sample weights.
@@ -83,8 +98,8 @@ def modulated_conv2d(
         weight: [C_out, C_in, k, k], fp32.
         styles: [N, C_in], fp32.
         f, up: low-pass filter and up-sampling factor, as in `conv2d`.
-        noise: [N, 1, H * up, W * up] or [H * up, W * up], added to the result.
-        gain: factor on the result and on the noise; only with `demodulate`, whose coefficients carry it.
+        noise: [N, 1, H * up, W * up] or [H * up, W * up], added to the convolution's result.
+        bias, act, clamp: as in `bias_act`, with the activation's own gain.
 
     Returns:
         [N, C_out, H * up, W * up], dtype of `x`.
@@ -93,15 +108,12 @@ def modulated_conv2d(
         # Demodulation divides any scale out again: keep the intermediate values inside fp16's range.
         weight = weight / weight.abs().amax(dim=[1, 2, 3], keepdim=True) / math.sqrt(weight[0].numel())
         styles = styles / styles.abs().amax(dim=1, keepdim=True)
-    y = conv2d(x * styles.to(x.dtype)[:, :, None, None], weight, f, up=up)
-    if not demodulate:
-        assert noise is None
-        assert gain == 1
-        return y
-    power = weight.square().sum(dim=[2, 3])  # [C_out, C_in]
-    d = gain * (styles.square() @ power.t() + 1e-8).rsqrt()  # [N, C_out]
-    d = d.to(y.dtype)[:, :, None, None]
-    return y * d if noise is None else torch.addcmul((noise * gain).to(y.dtype), y, d)
+    y = conv2d(bias_act(x, scale=styles), weight, f, up=up)
+    d = None
+    if demodulate:
+        power = weight.square().sum(dim=[2, 3])  # [C_out, C_in]
+        d = (styles.square() @ power.t() + 1e-8).rsqrt()  # [N, C_out]
+    return bias_act(y, bias, act, clamp=clamp, scale=d, noise=noise)
 
 
 def minibatch_std(x: Tensor, group: int) -> Tensor:

@@ -12,9 +12,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ...ops.bias_act import GAINS, bias_act
+from ...ops.conv2d import memory_format
 from ...ops.upfirdn2d import setup_filter, upsample2d
-from .layers import Conv2d, Linear, minibatch_std, modulated_conv2d, normalize_2nd_moment
+from .layers import Conv2d, Linear, minibatch_std, modulated_conv2d, normalize_2nd_moment, run_block
 
 Noise = str | Sequence[Tensor]  # "const", "none", or one [N, 1, H, W] a layer
 
@@ -110,9 +110,9 @@ class SynthesisLayer(nn.Module):
         noise_map = None
         if self.use_noise and noise != "none":
             noise_map = (self.noise_const if isinstance(noise, str) else noise) * self.noise_strength
-        gain = GAINS["lrelu"]  # leaky ReLU is positively homogeneous: its gain can be applied before it, for free
-        x = modulated_conv2d(x, self.weight, styles, f, self.up, noise=noise_map, gain=gain)
-        return bias_act(x, self.bias * gain, "lrelu", gain=1, clamp=clamp)
+        return modulated_conv2d(
+            x, self.weight, styles, f, self.up, noise=noise_map, bias=self.bias, act="lrelu", clamp=clamp
+        )
 
 
 class ToRGB(nn.Module):
@@ -127,8 +127,7 @@ class ToRGB(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor, clamp: float | None) -> Tensor:
         styles = self.affine(w) * self.weight_gain
-        x = modulated_conv2d(x, self.weight, styles, demodulate=False)
-        return bias_act(x, self.bias, clamp=clamp).to(w.dtype)
+        return modulated_conv2d(x, self.weight, styles, demodulate=False, bias=self.bias, clamp=clamp).to(w.dtype)
 
 
 class SynthesisBlock(nn.Module):
@@ -160,7 +159,7 @@ class SynthesisBlock(nn.Module):
         """ws [N, num_conv + 1, w_dim]: one w a convolution, the last for ToRGB."""
         if self.first:
             y = self.const.to(dtype)[None].expand(len(ws), -1, -1, -1)
-            y = y.contiguous(memory_format=torch.channels_last)
+            y = y.contiguous(memory_format=memory_format(y.device))
         else:
             assert x is not None
             y = self.conv0(x.to(dtype), ws[:, 0], f, noise[0], clamp)
@@ -170,7 +169,7 @@ class SynthesisBlock(nn.Module):
 
 
 class Synthesis(nn.Module):
-    """ws -> image."""
+    """ws -> image. With `recompute`, as in `run_block`, training keeps only the activations between levels."""
 
     f: Tensor
 
@@ -185,12 +184,14 @@ class Synthesis(nn.Module):
         use_noise: bool = True,
         low_precision: torch.dtype | None = None,
         low_precision_levels: int = 4,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         h, w, levels = start_size(width, height)
         self.resolutions = [4 * 2**i for i in range(levels)]
         channels = _channels(self.resolutions, channel_base, channel_max)
         self.low = _low_levels(levels, low_precision, low_precision_levels)
+        self.recompute = recompute
         self.num_ws = 2 * levels
         self.sizes: list[tuple[int, int]] = []  # of each noise map
         for i, res in enumerate(self.resolutions):
@@ -215,7 +216,8 @@ class Synthesis(nn.Module):
             block = cast(SynthesisBlock, self.get_submodule(f"b{res}"))
             n = block.num_conv
             dtype, clamp = (low, CLAMP) if low else (ws.dtype, None)
-            x, img = block(x, img, ws[:, first : first + n + 1], self.f, maps[layer : layer + n], dtype, clamp)
+            args = (x, img, ws[:, first : first + n + 1], self.f, maps[layer : layer + n], dtype, clamp)
+            x, img = run_block(block, self.recompute, *args)
             first, layer = first + n, layer + n
         assert img is not None
         return img
@@ -237,11 +239,12 @@ class Generator(nn.Module):
         channel_max: int = 512,
         use_noise: bool = True,
         low_precision: torch.dtype | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.z_dim, self.c_dim = z_dim, c_dim
         self.synthesis = Synthesis(
-            width, height, img_channels, w_dim, channel_base, channel_max, use_noise, low_precision
+            width, height, img_channels, w_dim, channel_base, channel_max, use_noise, low_precision, recompute=recompute
         )
         self.mapping = Mapping(z_dim, c_dim, w_dim, mapping_layers)
         self.num_ws = self.synthesis.num_ws
@@ -312,6 +315,7 @@ class Discriminator(nn.Module):
         mbstd_group: int = 4,
         low_precision: torch.dtype | None = None,
         low_precision_levels: int = 4,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         h, w, levels = start_size(width, height)
@@ -319,6 +323,7 @@ class Discriminator(nn.Module):
         self.resolutions = [4 * 2**i for i in range(levels)][:0:-1]  # highest first, without 4
         channels = _channels([4, *self.resolutions[::-1]], channel_base, channel_max)[::-1]
         self.low = _low_levels(levels, low_precision, low_precision_levels)[:0:-1]
+        self.recompute = recompute
         for i, res in enumerate(self.resolutions):
             self.add_module(f"b{res}", DiscriminatorBlock(0 if i else img_channels, channels[i], channels[i + 1]))
         self.cmap_dim = channels[-1] if c_dim else 0
@@ -332,14 +337,14 @@ class Discriminator(nn.Module):
 
         N must be a multiple of `mbstd_group`.
         """
-        x = img.contiguous(memory_format=torch.channels_last)
+        x = img.contiguous(memory_format=memory_format(img.device))
         for i, (res, low) in enumerate(zip(self.resolutions, self.low, strict=True)):
             block = cast(DiscriminatorBlock, self.get_submodule(f"b{res}"))
             dtype, clamp = (low, CLAMP) if low else (self.f.dtype, None)
             x = x.to(dtype)
             if i == 0:
                 x = block.fromrgb(x, clamp=clamp)
-            x = block(x, self.f, clamp)
+            x = run_block(block, self.recompute, x, self.f, clamp)
         x = self.b4(x.to(self.f.dtype))
         if self.c_dim:
             x = (x * self.mapping(None, c)).sum(dim=1, keepdim=True) / math.sqrt(self.cmap_dim)
