@@ -19,6 +19,8 @@ COMMANDS = {
     "inspect": "show, verify or draw a prepared data set",
     "train": "train from a preset, or continue a run",
     "generate": "draw images from a snapshot",
+    "bench": "time the ops, or whole training phases, against what this machine can do",
+    "doctor": "show what this machine has, each op's path and why",
 }
 
 

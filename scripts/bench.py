@@ -1,0 +1,378 @@
+"""`styleloom bench`: how fast ops and training phases are, against what this machine reaches in the same run."""
+
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+from styleloom.ops import build
+from styleloom.ops.memory import keep_freed_memory
+from styleloom.scripts import bench_model, bench_ops
+from styleloom.scripts.cli import parse, run
+from styleloom.training.config import PRESETS, Run, StyleGAN2Network
+from styleloom.training.networks.stylegan2 import start_size
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Device = Literal["auto", "cpu", "cuda"]
+Row = dict[str, Any]
+
+_BUDGET = 0.5  # seconds of repetitions
+_BATCH = {"cpu": 4, "cuda": 32}
+NOT_KEPT = ", memory not kept"
+
+
+@dataclass(frozen=True)
+class Ops:
+    """Times each op, path, dtype and layout beside a copy of the same bytes, at the shapes of StyleGAN2.
+
+    A copy moves as many bytes as the op has to: what is read and what is written, both counted. Convolutions are held
+    against a product of matrices, by the plain formulation's FLOPs (a path may need fewer, and come out above 100%).
+    """
+
+    device: Device = "auto"
+    """auto: the GPU, if there is one."""
+    dtypes: tuple[Precision, ...] = ()
+    """By default fp32 and bf16, and on a GPU fp16."""
+    resolutions: tuple[int, ...] = (256, 1024)
+    """Of the networks whose levels 16, R / 4 and R are measured."""
+    quick: bool = False
+    """Only the two shapes of the ops' targets: [4, 64, 128, 128] and [4, 512, 16, 16]."""
+    seconds: float = _BUDGET
+    """For the repetitions of a pass in all its formulations; each has 5 at least."""
+    batch: int = 0
+    """Images at 256 px, fewer at larger sizes; 0: 4 on the CPU, 32 on a GPU."""
+    threads: int = 0
+    """Threads of the CPU; 0: as torch has it."""
+    json: Path | None = None
+    """A file for all rows and the machine's data; - for stdout, without the table."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Times the phases of training on random images, and an iteration with lazy phases averaged in.
+
+    Without data set and averaging. FLOPs are those of the plain formulation. Several resolutions, precisions or
+    formulations are measured in a process each.
+    """
+
+    preset: str | None = None
+    """Take network, recipe, batch and precision from a preset, such as stylegan2-256."""
+    resolution: tuple[int, ...] = ()
+    """Width and height in px; by default the preset's, or 256."""
+    batch: int | None = None
+    """Images of an iteration; without preset 4."""
+    precision: tuple[Precision, ...] = ()
+    """Of the top four levels of both networks; by default the preset's, or fp32."""
+    channel_base: int | None = None
+    """Channels times resolution; without preset 16384."""
+    mapping_layers: int | None = None
+    """Layers of the mapping network; without preset 2."""
+    device: Device = "auto"
+    """auto: the GPU, if there is one."""
+    threads: int = 0
+    """Threads of the CPU; 0: as torch has it."""
+    rounds: int = 3
+    """Runs of each phase in a process, after a first one; the fastest counts."""
+    compare: Literal["plain"] | None = None
+    """Measure the plain formulation (STYLELOOM_OPS=reference) in turns with ours, on the CPU also without keeping
+    freed memory as ours does, and print the ratios."""
+    memory: Literal["kept", "default"] = "kept"
+    """What becomes of memory that is freed on the CPU: kept for the next tensors, as in training, or as the system
+    has it."""
+    json: Path | None = None
+    """A file for all rows and the machine's data; - for stdout, without the table."""
+
+
+Commands = Annotated[Ops, tyro.conf.subcommand("ops")] | Annotated[Model, tyro.conf.subcommand("model")]
+
+
+def main(args: Sequence[str]) -> int | None:
+    options: Ops | Model = parse(
+        Commands, args, "bench", description="Measures the ops, or training phases, on this machine.",
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )  # fmt: skip
+    file = options.json
+    if file is not None and str(file) != "-" and not file.resolve().parent.is_dir():
+        raise ValueError(f"--json {file}: there is no folder {file.parent}")
+    found = ops(options) if isinstance(options, Ops) else model(options)
+    if file is not None:
+        written = json.dumps(found, indent=1) + "\n"
+        sys.stdout.write(written) if str(file) == "-" else file.write_text(written)
+    return 0
+
+
+# bench ops
+
+
+def ops(options: Ops) -> dict[str, Any]:
+    at_least(batch=options.batch, threads=options.threads, seconds=options.seconds)
+    device = choose(options.device)
+    cases = bench_ops.cases([] if options.quick else options.resolutions, options.batch or _BATCH[device.type])
+    dtypes = options.dtypes or (("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16"))
+    facts = begin(device, options.threads, keep=True)
+    ceiling = measure_ceiling(dtypes, device, _BUDGET)
+    quiet = str(options.json) == "-"
+    if not quiet:
+        print("\n".join([*describe(facts, ceiling), "", titles(OPS_TABLE)]), flush=True)
+    rows: list[Row] = []
+    total = len(cases) * len(dtypes) * len(bench_ops.LAYOUTS)
+    with progress(total, "measuring") as bar:
+        for found in bench_ops.measure(cases, dtypes, device, ceiling["matrix"], options.seconds):
+            rows += found
+            bar.update()
+            if not quiet:
+                bar.write("\n".join(line(OPS_TABLE, row) for row in found), file=sys.stdout)
+    return {"machine": facts, "ceiling": ceiling, "rows": rows}
+
+
+def measure_ceiling(dtypes: Sequence[str], device: torch.device, budget: float) -> dict[str, Any]:
+    """What a copy and a product of matrices reach."""
+    matrix = {name: bench_ops.matrix_rate(bench_ops.DTYPES[name], device, budget) for name in dtypes}
+    return {"copy": bench_ops.copy_rates(device, budget), "matrix": matrix}
+
+
+# bench model
+
+
+def model(options: Model) -> dict[str, Any]:
+    at_least(threads=options.threads, rounds=options.rounds - 1)
+    device, runs = choose(options.device), read_runs(options)
+    quiet = str(options.json) == "-"
+    if len(runs) == 1 and options.compare is None:
+        found = _measure_one(options, *runs[0], device)
+    else:
+        found = _measure_many(options, runs, device)
+    if not quiet:
+        rows = "\n".join(line(MODEL_TABLE, row) for row in found["rows"])
+        print("\n".join([*describe(found["machine"], found["ceiling"]), "", titles(MODEL_TABLE), rows]))
+        for ratio in found.get("ratios", []):
+            print(describe_ratio(ratio))
+    return found
+
+
+def read_runs(options: Model) -> list[tuple[int, Run]]:
+    """(width and height, settings) of each resolution and precision. Raises ValueError if there are no such runs."""
+    if options.preset is None:
+        base = Run(batch=4, network=StyleGAN2Network(channel_base=16384, mapping_layers=2))
+    elif options.preset in PRESETS:
+        base = PRESETS[options.preset]
+    else:
+        raise ValueError(f"no preset {options.preset!r}; there are {', '.join(PRESETS)}")
+    named = re.search(r"-(\d+)$", base.preset)
+    if not (options.resolution or options.preset is None or named):
+        raise ValueError(f"the preset {base.preset} is for no particular size: give --resolution as well")
+    resolutions = options.resolution or (int(named[1]) if named else 256,)
+    settings = base.model_dump()
+    settings["batch"] = base.batch if options.batch is None else options.batch
+    for name in ("channel_base", "mapping_layers"):
+        value = getattr(options, name)
+        settings["network"][name] = settings["network"][name] if value is None else value
+    runs = [
+        (resolution, Run.model_validate(settings | {"precision": precision}))
+        for resolution in resolutions
+        for precision in options.precision or (base.precision,)
+    ]
+    for resolution, _ in runs:
+        start_size(resolution, resolution)  # raises
+    return runs
+
+
+def _measure_one(options: Model, size: int, its: Run, device: torch.device) -> dict[str, Any]:
+    facts = begin(device, options.threads, keep=options.memory == "kept")
+    ceiling = measure_ceiling([its.precision], device, _BUDGET)
+    with progress(None, "measuring") as bar:
+        rows = bench_model.measure(its, size, device, options.rounds, ceiling["matrix"][its.precision], bar)
+    formulation = "plain" if facts["ops"] == "reference" else "ours"
+    if device.type == "cpu" and not facts["memory_kept"]:
+        formulation += NOT_KEPT
+    where = {"resolution": size, "precision": its.precision, "formulation": formulation}
+    return {"machine": facts, "ceiling": ceiling, "settings": its.model_dump(), "rows": [where | row for row in rows]}
+
+
+def _measure_many(options: Model, runs: Sequence[tuple[int, Run]], device: torch.device) -> dict[str, Any]:
+    """In children; with --compare twice each, in turns."""
+    ways = {"ours": ("kept", {})}
+    if options.compare:
+        if build.path(device.type) == "reference":
+            raise ValueError("--compare plain: the plain formulation is all there is here (see styleloom doctor)")
+        reference = {"STYLELOOM_OPS": "reference"}
+        ways |= {"plain": ("kept", reference)}
+        ways |= {f"plain{NOT_KEPT}": ("default", reference)} if device.type == "cpu" else {}
+    elif options.memory == "default":
+        ways = {f"ours{NOT_KEPT}": ("default", {})}
+    repeats = 2 if options.compare else 1
+    found, ratios = [], []
+    with progress(len(runs) * len(ways) * repeats, "configurations") as bar:
+        for size, its in runs:
+            commands = {
+                (size, its.precision, way): (_arguments(options, size, its, device, memory), environment)
+                for way, (memory, environment) in ways.items()
+            }
+            measured: dict[tuple[Any, ...], list[dict[str, Any]]] = {key: [] for key in commands}
+            for key, one in bench_model.in_children(commands, repeats):
+                measured[key].append(one)
+                bar.update()
+            together = {way: join(measured[size, its.precision, way], its.precision) for way in ways}
+            found += together.values()
+            if options.compare:
+                ratios.append(compare({way: one["rows"][-1] for way, one in together.items()}))
+    matrix = {its.precision: max(one["ceiling"]["matrix"].get(its.precision, 0) for one in found) for _, its in runs}
+    return {
+        "machine": found[0]["machine"],
+        "ceiling": found[0]["ceiling"] | {"matrix": matrix},
+        "settings": [its.model_dump() for _, its in runs],
+        "rows": [row for one in found for row in one["rows"]],
+        **({"ratios": ratios} if options.compare else {}),
+    }
+
+
+def _arguments(options: Model, size: int, its: Run, device: torch.device, memory: str) -> list[str]:
+    """For a child that measures one of the runs."""
+    named = {
+        "preset": options.preset, "resolution": size, "batch": its.batch, "precision": its.precision,
+        "channel-base": its.network.channel_base, "mapping-layers": its.network.mapping_layers,
+        "device": device.type, "threads": options.threads, "rounds": options.rounds, "memory": memory,
+    }  # fmt: skip
+    return [word for name, value in named.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def join(measured: Sequence[dict[str, Any]], precision: str) -> dict[str, Any]:
+    """Several measurements of a configuration as one."""
+    rate = max(one["ceiling"]["matrix"][precision] for one in measured)
+    ceiling = measured[0]["ceiling"] | {"matrix": {precision: rate}}
+    return measured[0] | {"ceiling": ceiling, "rows": bench_model.best_of([one["rows"] for one in measured], rate)}
+
+
+def compare(iterations: dict[str, Row]) -> Row:
+    """How many times as many images a CPU-second (on a GPU: a second) ours has as each other formulation."""
+    ours = iterations["ours"]
+    key = "img_per_s" if ours["img_per_cpu_s"] is None else "img_per_cpu_s"
+    others = {way: ours[key] / row[key] for way, row in iterations.items() if way != "ours"}
+    return {"resolution": ours["resolution"], "precision": ours["precision"], "of": key, "ours": ours[key]} | others
+
+
+def describe_ratio(ratio: Row) -> str:
+    unit = "s" if ratio["of"] == "img_per_s" else "CPU-second"
+    others = [f"{ratio[way]:.2f} times {way}" for way in ("plain", f"plain{NOT_KEPT}") if way in ratio]
+    return f"{ratio['resolution']} px {ratio['precision']}: {ratio['ours']:.3g} img a {unit}, {', '.join(others)}"
+
+
+# The machine, and how things are shown.
+
+
+def at_least(**values: float) -> None:
+    for name, value in values.items():
+        if value < 0:
+            raise ValueError(f"--{name} is too small")
+
+
+def choose(name: Device) -> torch.device:
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise ValueError("--device cuda: torch sees no GPU here")
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
+
+
+def begin(device: torch.device, threads: int, keep: bool) -> dict[str, Any]:
+    """Sets this process up as training does, and says what it measures on."""
+    if threads:
+        torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    kept = device.type == "cpu" and keep and keep_freed_memory()
+    info = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    return {
+        "cpu": named[1] if named else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "torch": torch.__version__,
+        "ops": build.path(device.type),
+        "memory_kept": kept,
+    }
+
+
+def describe(facts: dict[str, Any], ceiling: dict[str, Any]) -> list[str]:
+    where = facts["gpu"] or f"{facts['cpu']}, {facts['threads']} of {facts['cores']} cores' threads"
+    memory = "" if facts["gpu"] else f", freed memory {'kept' if facts['memory_kept'] else 'not kept'}"
+    copies = ", ".join(f"{each['gb_per_s']:.1f} of {each['bytes'] >> 20} MiB" for each in ceiling["copy"])
+    matrices = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in ceiling["matrix"].items())
+    return [
+        f"{where}; torch {facts['torch']}; ops: {facts['ops']}{memory}",
+        f"A copy, GB/s read and written: {copies}. Products of matrices, GFLOP/s: {matrices}.",
+    ]
+
+
+def progress(total: int | None, what: str) -> tqdm:
+    """A bar on stderr, once it takes longer; in a log file, a line each half minute."""
+    interval = 0.25 if sys.stderr.isatty() else 30
+    return tqdm(total=total, desc=what, mininterval=interval, delay=5, leave=False)
+
+
+def number(key: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
+    """Shows a row's number; a dash where it has none."""
+    return lambda row: "-" if row.get(key) is None else format(row[key] * scale, form)
+
+
+def text(key: str) -> Callable[[Row], str]:
+    return lambda row: "x".join(map(str, row[key])) if isinstance(row[key], list) else str(row[key])
+
+
+Table = list[tuple[str, int, Callable[[Row], str]]]  # title, width (below 0: to the left), content
+
+OPS_TABLE: Table = [
+    ("op", -15, text("op")),
+    ("shape", -15, text("shape")),
+    ("dtype", -5, text("dtype")),
+    ("layout", -13, text("layout")),
+    ("pass", -8, text("pass")),
+    ("path", -5, text("path")),
+    ("ms", 9, number("seconds", ".3f", 1e3)),
+    ("GB/s", 7, number("gb_per_s", ".1f")),
+    ("of copy", 7, number("copy_share", ".0%")),
+    ("x copy", 7, number("times_copy", ".2f")),
+    ("GFLOP/s", 9, number("flop_per_s", ",.1f", 1e-9)),
+    ("of matrix", 9, number("matrix_share", ".0%")),
+    ("x plain", 7, number("speedup", ".2f")),
+]
+MODEL_TABLE: Table = [
+    ("px", 4, text("resolution")),
+    ("precision", -9, text("precision")),
+    ("formulation", -22, text("formulation")),
+    ("phase", -9, text("phase")),
+    ("images", 6, text("images")),
+    ("s", 8, number("seconds", ".3f")),
+    ("CPU-s", 8, number("cpu_seconds", ".3f")),
+    ("img/s", 8, number("img_per_s", ".2f")),
+    ("img/CPU-s", 9, number("img_per_cpu_s", ".3f")),
+    ("GFLOP", 9, number("flops", ",.1f", 1e-9)),
+    ("GFLOP/s", 9, number("flop_per_s", ",.1f", 1e-9)),
+    ("of matrix", 9, number("matrix_share", ".0%")),
+    ("GiB", 6, number("peak_bytes", ".2f", 2**-30)),
+]
+
+
+def titles(table: Table) -> str:
+    return _aligned([(title, width) for title, width, _ in table])
+
+
+def line(table: Table, row: Row) -> str:
+    return _aligned([(show(row), width) for _, width, show in table])
+
+
+def _aligned(cells: Sequence[tuple[str, int]]) -> str:
+    return "  ".join(f"{cell:<{-width}}" if width < 0 else f"{cell:>{width}}" for cell, width in cells).rstrip()
+
+
+if __name__ == "__main__":
+    run(main, "bench")
