@@ -122,7 +122,14 @@ def test_protected_differences_name_what_differs():
 
 def test_free_fields_exist_and_may_change():
     old = Run()
-    values = {"preset": "other", "data.path": "elsewhere", "data.verify": "hash", "out": "there", "passes": 2}
+    values = {
+        "preset": "other",
+        "data.path": "elsewhere",
+        "data.verify": "hash",
+        "out": "there",
+        "passes": 2,
+        "recompute": True,
+    }
     new = changed(old, **{name.replace(".", "__"): values.get(name, 7) for name in FREE})
     assert {name for name in flat(old) if flat(old)[name] != flat(new)[name]} == FREE
     assert protected_differences(old, new) == []

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from styleloom.training import report, trainer
-from styleloom.training.phases import own_rows, reduce_gradients
+from styleloom.training.phases import count_nonfinite, own_rows, reduce_gradients
 from styleloom.training.trainer import Training
 
 PHASES = ("Gmain", "Gpl", "Dmain", "Dr1")
@@ -117,6 +117,14 @@ def test_reduce_gradients_tells_none_from_zero():
 
 
 # Gradients that are not finite
+
+
+def test_count_nonfinite_counts_elements_of_gradients_and_of_the_others():
+    a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
+    a.grad = torch.tensor([1.0, float("nan"), float("inf")])
+    assert count_nonfinite([a, b], [torch.tensor([float("-inf"), 0.0])]) == 3
+    a.grad = torch.tensor([3e38, -3e38, 3e38])  # finite, though their sum is not
+    assert count_nonfinite([a, b], []) == 0
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -19,8 +19,8 @@ def _own_statistics(monkeypatch):
     monkeypatch.setattr(report, "_moments", {})
 
 
-def recipe(class_counts=(), batch=4, network=NETWORK, width=16, height=16, **settings):
-    run = Run(batch=batch, network=network, recipe=StyleGAN2Recipe(**settings))
+def recipe(class_counts=(), batch=4, network=NETWORK, width=16, height=16, recompute=False, **settings):
+    run = Run(batch=batch, network=network, recompute=recompute, recipe=StyleGAN2Recipe(**settings))
     return build(run, width, height, 3, list(class_counts), CPU)
 
 
@@ -134,7 +134,7 @@ def test_labels_without_classes():
 
 
 @torch.no_grad()
-def test_fakes_belong_to_their_positions():
+def test_fakes_belong_to_their_positions(ops_path):
     """Latent, label, mixing and noise of a sample do not depend on the samples beside it."""
     r = recipe(class_counts=[1, 1])
     for name, parameter in r.G.named_parameters():
@@ -147,7 +147,7 @@ def test_fakes_belong_to_their_positions():
 
 
 @pytest.mark.parametrize("name", ["Gmain", "Gpl", "Dmain", "Dr1"])
-def test_every_phase_runs_without_noise(name):
+def test_every_phase_runs_without_noise(ops_path, name):
     r = recipe(network=NETWORK.model_copy(update={"noise": False}))
     assert r.G.synthesis.sizes == []
     phase = phase_of(r, name)
@@ -194,7 +194,7 @@ def test_path_length_phase_is_against_the_mean_before_with_its_weight_and_interv
 
 
 @pytest.mark.parametrize("name", ["Gmain", "Gpl", "Dmain", "Dr1"])
-def test_a_phase_changes_its_own_network_only(name):
+def test_a_phase_changes_its_own_network_only(ops_path, name):
     r = recipe(class_counts=[3, 1])
     phase = phase_of(r, name)
     before = {key: [p.clone() for p in net.parameters()] for key, net in r.networks.items()}
@@ -247,3 +247,23 @@ def test_networks_follow_from_the_seed_alone():
     assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
     assert not torch.equal(one[0], other[0])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("name", ["Gmain", "Gpl", "Dmain", "Dr1"])
+def test_recomputed_activations_change_nothing_but_what_is_kept(name):
+    gradients, kept = [], []
+    for recompute in (False, True):
+        r = recipe(recompute=recompute)
+        r.D.requires_grad_(name[0] == "D")
+        r.G.requires_grad_(name[0] == "G")
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
+            loss = phase_of(r, name).loss(batch_of(r, name)).per_sample.sum()
+        loss.backward(inputs=list(r.networks[name[0]].parameters()))
+        gradients.append([p.grad for p in r.networks[name[0]].parameters()])
+        kept.append(sum(saved))
+    for plain, again in zip(*gradients, strict=True):
+        assert (plain is None) == (again is None)
+        assert plain is None or torch.equal(plain, again)
+    if name.endswith("main"):  # for second derivatives, all has to be kept
+        assert kept[1] < kept[0] / 2

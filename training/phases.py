@@ -70,12 +70,15 @@ def run_phase(
     networks: dict[str, nn.Module],
     optimizer: Optimizer,
     passes: list[Batch],
-    sum_: Sum,
+    sum_: Sum | None,
 ) -> bool:
     """Runs one phase on this process's passes and steps the optimizer with the global batch's gradient.
 
     The loss of the global batch is the sum over its samples divided by `phase.batch`, whatever the split. If any
     gradient element is not finite, they are counted and the step is left out, on every process alike.
+
+    Args:
+        sum_: sums a tensor over the processes; None for a process alone.
 
     Returns:
         Whether the step was taken.
@@ -93,7 +96,8 @@ def run_phase(
         (loss.per_sample.sum() / phase.batch).backward(inputs=parameters)
         for name, rows in loss.statistics.items():
             sums[name] += rows.detach().to(dtype).sum(dim=0)
-    bad = reduce_gradients(parameters, list(sums.values()), sum_)
+    others = list(sums.values())
+    bad = reduce_gradients(parameters, others, sum_) if sum_ else count_nonfinite(parameters, others)
     report(f"nonfinite/{phase.name}", float(bad))
     if bad:
         return False
@@ -101,6 +105,14 @@ def run_phase(
     if phase.after is not None:
         phase.after({name: x / phase.batch for name, x in sums.items()})
     return True
+
+
+def count_nonfinite(parameters: list[nn.Parameter], others: list[Tensor]) -> int:
+    """How many elements of the gradients and of the other tensors are not finite."""
+    tensors = [p.grad for p in parameters if p.grad is not None] + others
+    if torch.stack(torch._foreach_norm(tensors, ord=1)).isfinite().all():  # one pass, and one wait, if all is well
+        return 0
+    return int(sum((~x.isfinite()).sum() for x in tensors))
 
 
 def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], sum_: Sum) -> int:

@@ -11,6 +11,7 @@ from ..datasets.manifest import Manifest, check_shard, read_manifest
 from ..datasets.stream import batches
 from ..datasets.verify import hash_faults
 from ..datasets.workers import default_workers
+from ..ops.memory import keep_freed_memory
 from . import checkpoint, ema, recipes, report, schedule
 from .config import Run, protected_differences
 from .distributed import Team
@@ -30,8 +31,10 @@ class Training:
         self._check_split()
         if team.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
-        elif run.precision == "fp16" and team.main:
-            print("Note: fp16 on a CPU is many times slower than --precision fp32.", flush=True)
+        else:
+            keep_freed_memory()
+            if run.precision == "fp16" and team.main:
+                print("Note: fp16 on a CPU is many times slower than --precision fp32.", flush=True)
         class_counts = m.class_counts if run.data.labels else []
         self.recipe = recipes.build(run, m.width, m.height, m.channels, class_counts, team.device)
         self.average = ema.average_of(self.recipe.networks[self.recipe.averaged])
@@ -107,7 +110,8 @@ class Training:
         """Runs a phase; raises ValueError when its gradients have not been finite many times in a row."""
         recipe = self.recipe
         passes = self.passes(phase, reals, classes)
-        stepped = run_phase(phase, recipe.networks, recipe.optimizers[phase.trains], passes, self.team.sum_)
+        sum_ = self.team.sum_ if self.team.world > 1 else None
+        stepped = run_phase(phase, recipe.networks, recipe.optimizers[phase.trains], passes, sum_)
         self.skipped[phase.name] = 0 if stepped else self.skipped.get(phase.name, 0) + 1
         if self.skipped[phase.name] >= PATIENCE:
             raise ValueError(
