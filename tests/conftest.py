@@ -1,6 +1,7 @@
 """What the tests share: tiny shard sets, a tiny run, commands called in this process, launches of several processes."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from PIL import Image
 
 from styleloom.datasets.shards import prepare
 from styleloom.datasets.sources import open_source
+from styleloom.ops import build as ops_build
 from styleloom.scripts.cli import run
 from styleloom.scripts.train import read_settings
 from styleloom.training.checkpoint import complete
@@ -39,6 +41,60 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+# How far a result may be from that of the same inputs in float64, relative to what was added up to make it: of our
+# kernels, which calculate in fp32 and round once, and of torch's ops, which round at every step.
+TOLERANCE = {
+    torch.float64: (1e-10, 1e-10),
+    torch.float32: (2e-6, 1e-5),
+    torch.bfloat16: (2**-8, 2**-5),
+    torch.float16: (2**-10, 2**-8),
+}
+
+
+PATHS = {"cpu": "cpu", "torch": "cuda", "reference": "reference"}  # and the STYLELOOM_OPS that leads to them on a CPU
+
+
+@pytest.fixture(params=PATHS)
+def ops_path(request, monkeypatch):
+    """What runs the ops on a CPU: our kernels, torch's ops in the fastest order, or the plain definitions."""
+    if request.param == "cpu":
+        request.getfixturevalue("cpu_library")
+    monkeypatch.setenv("STYLELOOM_OPS", PATHS[request.param])
+    assert ops_build.path("cpu") == request.param
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def cpu_library():
+    """The library of our kernels, without which there is nothing to test where there is no compiler."""
+    if not any(map(shutil.which, [os.environ.get("CXX", "").split(" ")[0], "c++", "g++", "clang++"])):
+        pytest.skip("no C++ compiler found")
+    assert ops_build.status("cpu").ok, ops_build.status("cpu").why
+    return ops_build.library("cpu")
+
+
+@pytest.fixture
+def agree(ops_path):
+    """(value, expected, dtype=, size=, torchs=) checks a result of an op against that in float64.
+
+    `dtype` is that of the op's images, if it is not the value's; `size` is the sum of the terms' magnitudes, by default
+    that of the largest value expected; `torchs` says that torch's ops made it on every path.
+    """
+
+    def agree(value, expected, dtype=None, size=None, torchs=False) -> None:
+        assert expected.dtype == torch.float64
+        assert value.shape == expected.shape
+        dtype = dtype or value.dtype
+        tolerance, its = TOLERANCE[dtype][0 if ops_path == "cpu" and not torchs else 1], torch.finfo(dtype)
+        if expected.numel() == 0:
+            return
+        size = expected.abs().amax() if size is None else size
+        error = (value.double() - expected).abs()
+        assert (error <= tolerance * size + 16 * its.smallest_normal * its.eps).all(), f"{(error / size).max():.2e}"
+
+    return agree
 
 
 @pytest.fixture(scope="session")
