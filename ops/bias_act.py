@@ -119,7 +119,7 @@ class _BiasAct(torch.autograd.Function):
         _call("sl_bias_act_forward", args, x)
         from_result = how.act in PIECEWISE_LINEAR
         x_needed = not from_result or (scale is not None and scale.requires_grad)
-        ctx.how, ctx.has = how, [t is not None for t in (b, scale, noise)]
+        ctx.how = how
         ctx.save_for_backward(
             given if x_needed else None, y if from_result and not how.linear else None, b, scale, noise
         )
@@ -133,8 +133,11 @@ class _BiasAct(torch.autograd.Function):
             return (*_gradients(dy, x, y, b, scale, noise, ctx.how, needed), None)
         if ctx.how.act in PIECEWISE_LINEAR:
             return (*_differentiable_gradients(dy, x, y, b, scale, noise, ctx.how, needed), None)
-        inputs = [t for t, wanted in zip((x, b, scale, noise), needed, strict=True) if wanted]
-        grads = iter(torch.autograd.grad(reference(x, b, scale, noise, ctx.how), inputs, dy, create_graph=True))
+        # Of aliases: one of these may have been computed from another, whose part autograd adds by itself.
+        x, b, scale, noise = aliases = [None if t is None else t.view_as(t) for t in (x, b, scale, noise)]
+        inputs = [t for t, wanted in zip(aliases, needed, strict=True) if wanted]
+        result = reference(x, b, scale, noise, ctx.how)  # type: ignore[arg-type]
+        grads = iter(torch.autograd.grad(result, inputs, dy, create_graph=True))  # type: ignore[arg-type]
         return (*[next(grads) if wanted else None for wanted in needed], None)
 
 

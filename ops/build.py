@@ -207,7 +207,10 @@ def _cached(recipe: Recipe) -> Iterator[Path]:
             if not _is_safe(folder):
                 continue
             for file in sorted(folder.glob(f"{recipe.kind}-{recipe.what}-{recipe.tool}-*.so")):
-                target, digest = file.stem.split("-")[3:]
+                named = file.stem.split("-")
+                if len(named) != 5:  # somebody's copy
+                    continue
+                target, digest = named[3:]
                 if recipe.accepts(target):
                     if toolchain.digest(file.read_bytes()) == digest:
                         yield file

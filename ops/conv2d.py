@@ -56,15 +56,19 @@ def conv2d(x: Tensor, w: Tensor, f: Tensor | None = None, up: int = 1, down: int
     return upfirdn2d(x, f, padding=[x0, x1, y0, y1], gain=4)
 
 
+def _left_to_torch(x: Tensor) -> bool:
+    return build.path(x.device.type) == "reference" or native.watched() or torch.is_autocast_enabled(x.device.type)
+
+
 def _convolve(x: Tensor, w: Tensor, stride: int, padding: int) -> Tensor:
-    if build.path(x.device.type) == "reference" or native.watched():
+    if _left_to_torch(x):
         return F.conv2d(x, w, stride=stride, padding=padding)
     return _Convolve.apply(x, w, stride, padding)  # type: ignore[return-value]
 
 
 def _convolve_transposed(x: Tensor, w: Tensor) -> Tensor:
     """Stride 2, no padding; w [C_in, C_out, k, k]."""
-    if build.path(x.device.type) == "reference" or native.watched():
+    if _left_to_torch(x):
         return F.conv_transpose2d(x, w, stride=2)
     size = [2 * s + w.shape[-1] - 2 for s in x.shape[2:]]
     return _Transposed.apply(x, w, size, 2, 0)  # type: ignore[return-value]

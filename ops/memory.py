@@ -1,9 +1,13 @@
 """Memory of the CPU that is freed and soon needed again."""
 
 import ctypes
+import os
 import sys
+import time
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # of glibc's mallopt
+
+_given_back = time.monotonic()
 
 
 def keep_freed_memory() -> bool:
@@ -11,11 +15,31 @@ def keep_freed_memory() -> bool:
 
     By default glibc returns every freed block of megabytes to the system, and the next one of the same size comes back
     page by page, cleared: for the feature maps of a training step that costs several times what the ops on them cost.
-    The price is that memory once used stays with the process. Only with glibc; there is nothing to do on a GPU.
+    The price is that freed memory stays with the process, and that a heap with holes may hold some times what is in
+    use: `give_back_freed_memory` bounds that. STYLELOOM_KEEP_MEMORY=0 leaves all as the system has it. Only with glibc;
+    there is nothing to do on a GPU.
     """
-    if not sys.platform.startswith("linux"):
+    libc = _glibc()
+    if libc is None:
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:  # another C library
+    return all([libc.mallopt(MMAP_MAX, 0), libc.mallopt(TRIM_THRESHOLD, -1), libc.mallopt(TOP_PAD, 64 << 20)])
+
+
+def give_back_freed_memory(every: float = 30.0) -> bool:
+    """Returns the pages of freed blocks to the system, and says so, unless it did in the last `every` seconds.
+
+    Seldom enough to cost nothing, it keeps holes in the heap from adding up."""
+    global _given_back
+    libc = _glibc()
+    if libc is None or time.monotonic() - _given_back < every:
         return False
-    return all([mallopt(MMAP_MAX, 0), mallopt(TRIM_THRESHOLD, 2**31 - 1), mallopt(TOP_PAD, 64 << 20)])
+    libc.malloc_trim(0)
+    _given_back = time.monotonic()
+    return True
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if not sys.platform.startswith("linux") or os.environ.get("STYLELOOM_KEEP_MEMORY") == "0":
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

@@ -49,7 +49,8 @@ def library(x: Tensor) -> ctypes.CDLL | None:
 
 
 def watched() -> bool:
-    """Whether something has to see torch's own ops and nothing else: a trace, fake tensors or torch.func's transforms.
+    """Whether something has to see torch's own ops and nothing else: a trace, fake tensors, torch.func's transforms
+    or forward-mode differentiation.
 
     Traces would miss what ours do; the others' tensors have no memory.
     """
@@ -57,6 +58,7 @@ def watched() -> bool:
     return (
         torch.jit.is_tracing()
         or peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
         or any(torch._C._get_dispatch_mode(mode) is not None for mode in (modes.PROXY, modes.FAKE))
     )
 

@@ -45,14 +45,21 @@ def upfirdn2d(
         flip_filter: correlate instead of convolve.
         gain: factor on the result.
 
+    Raises:
+        ValueError: factors below 1, an image smaller than the filter, a filter on another device.
+
     Returns:
         [N, C, (H * up_y + y0 + y1 - fh) // down_y + 1, the same for W], dtype of `x`. Differentiable to any order.
     """
+    if min(*_pair(up), *_pair(down)) < 1:
+        raise ValueError(f"upfirdn2d: up {up} and down {down} have to be 1 or more")
+    if f.device != x.device:
+        raise ValueError(f"upfirdn2d: the filter is on {f.device}, the images are on {x.device}")
     if f.ndim == 1 and len(f) > LONG and x.device.type == "cpu":  # cheaper along one axis after the other
         (up_x, up_y), (down_x, down_y), (x0, x1, y0, y1) = _pair(up), _pair(down), _quad(padding)
         x = upfirdn2d(x, f[None, :], (up_x, 1), (down_x, 1), (x0, x1, 0, 0), flip_filter, gain)
         return upfirdn2d(x, f[:, None], (1, up_y), (1, down_y), (0, 0, y0, y1), flip_filter)
-    if native.library(x) is not None:
+    if native.library(x) is not None and not f.requires_grad:
         fh, fw = filter_size(f)
         (up_x, up_y), (down_x, down_y), (x0, x1, y0, y1) = _pair(up), _pair(down), _quad(padding)
         size = (

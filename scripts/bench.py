@@ -271,8 +271,8 @@ def describe_ratio(ratio: Row) -> str:
 
 def at_least(**values: float) -> None:
     for name, value in values.items():
-        if value < 0:
-            raise ValueError(f"--{name} is too small")
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"--{name} {value:g}: it has to be a number that is not negative")
 
 
 def choose(name: Device) -> torch.device:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from styleloom.scripts.bench_ops import counted, plain
@@ -46,7 +45,7 @@ def measure(run: Run, size: int, device: torch.device, rounds: int, rate: float,
     for i in range(rounds + 1):
         for phase in recipe.phases:
             batch = Batch(reals[: phase.batch], reals.new_zeros(phase.batch, 0), _draws(phase, run, device, i))
-            step = partial(run_phase, phase, recipe.networks, recipe.optimizers[phase.trains], [batch], _same)
+            step = partial(run_phase, phase, recipe.networks, recipe.optimizers[phase.trains], [batch], None)
             took = _time(step, device)
             if device.type == "cuda":
                 peaks[phase.name] = max(peaks[phase.name], peak_memory(device))
@@ -106,10 +105,6 @@ def count(phase: Phase, recipe: Any, size: int) -> int:
 
 def _draws(phase: Phase, run: Run, device: torch.device, i: int) -> Draws:
     return Draws(run.seed, phase.name, range(i * run.batch, i * run.batch + phase.batch), device)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _time(function: Callable[[], Any], device: torch.device) -> tuple[float, float]:

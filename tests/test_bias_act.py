@@ -420,3 +420,16 @@ def test_first_and_second_derivatives(ops_path, act):
 
     assert gradcheck(op, (x, b, scale, noise))
     assert gradgradcheck(lambda *tensors: op(*tensors).pow(3), (x, b, scale, noise))
+
+
+@pytest.mark.parametrize("act", ["lrelu", "swish"])
+def test_an_input_computed_from_another_counts_once(ops_path, act):
+    x = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    for create_graph in (False, True):
+        y = bias_act(x, scale=x.mean(dim=[2, 3]).sigmoid(), act=act)
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=create_graph)
+        z = x.detach().double().requires_grad_()
+        scaled = z * z.mean(dim=[2, 3]).sigmoid()[:, :, None, None]
+        expected = torch.nn.functional.silu(scaled) if act == "swish" else torch.nn.functional.leaky_relu(scaled, 0.2)
+        (dz,) = torch.autograd.grad(expected.sum() * math.sqrt(2), z)
+        torch.testing.assert_close(dx.detach().double(), dz, rtol=1e-4, atol=1e-5)

@@ -279,6 +279,15 @@ def test_a_library_is_used_when_it_is_loaded_and_removed_only_under_the_lock(pla
     assert file.exists()
 
 
+def test_a_copy_beside_the_library_does_no_harm(place):
+    load(place)
+    (file,) = libraries(place / "cache")
+    shutil.copy(file, file.with_name(f"{file.stem} - Copy.so"))
+    its = load(place)[1]
+    assert its.file == file
+    assert not its.built
+
+
 def test_a_library_that_may_not_be_touched_is_used(place, monkeypatch):
     load(place)
 

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from styleloom.ops import memory
+
 CODE = """
 import resource, sys
 import torch
@@ -34,3 +36,12 @@ def faults(how: str) -> int:
 def test_freed_memory_comes_back_without_page_faults() -> None:
     pages = 10 * (32 << 20) // 4096
     assert faults("keep") < pages / 20
+
+
+def test_holes_are_given_back_now_and_then_and_not_at_all_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not memory.give_back_freed_memory(every=0):
+        pytest.skip("this C library does not have glibc's mallopt")
+    assert not memory.give_back_freed_memory(every=1000)
+    monkeypatch.setenv("STYLELOOM_KEEP_MEMORY", "0")
+    assert not memory.give_back_freed_memory(every=0)
+    assert not memory.keep_freed_memory()

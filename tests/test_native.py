@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from styleloom.ops import native
+from styleloom.ops import conv2d as conv2d_module
+from styleloom.ops import native, toolchain
 from styleloom.ops.bias_act import ACTIVATIONS, bias_act
 from styleloom.ops.conv2d import conv2d
 from styleloom.ops.upfirdn2d import reference, setup_filter, upfirdn2d
@@ -360,3 +362,57 @@ def test_dense():
     assert native.dense(x)[0] is x
     assert native.dense(last)[0].data_ptr() == last.data_ptr()
     assert native.dense(torch.randn(3, 4).t())[0].is_contiguous()
+
+
+@pytest.mark.parametrize("flags", [["-mno-avx"], ["-mavx2", "-mfma", "-mno-avx512f"]])
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other widths of vectors are tried on x86 alone")
+def test_narrower_vectors_than_this_machine_has(tmp_path, monkeypatch, cpu_library, flags):
+    if "-mavx2" in flags and "avx2" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this CPU has no AVX2")
+    sources = [str(file) for file in CSRC.glob("*.cpp")]
+    command = [
+        *toolchain.cxx(),
+        "-O1",
+        "-std=c++17",
+        "-fPIC",
+        "-shared",
+        *flags,
+        *sources,
+        "-o",
+        str(tmp_path / "ops.so"),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    narrow = ctypes.CDLL(str(tmp_path / "ops.so"))
+    assert narrow.sl_winograd_lanes() < 16
+    monkeypatch.setattr(native, "library", lambda x: narrow if x.dtype in native.DTYPES else None)
+    monkeypatch.setattr(conv2d_module, "STRIDED_FROM", 0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for channels in (4, 12, 24):
+            x = torch.randn(2, channels, 9, 7, generator=torch.Generator().manual_seed(channels)).to(dtype)
+            x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+            w = torch.randn(8, channels, 3, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            f = setup_filter([1, 3, 3, 1])
+            for how in ({}, {"f": f, "up": 2}, {"f": f, "down": 2}):
+                y = bias_act(conv2d(x, w, **how), act="lrelu", clamp=30)
+                got = [y, *torch.autograd.grad(y.square().sum(), [x, w])]
+                monkeypatch.setenv("STYLELOOM_OPS", "reference")
+                double, w64 = x.detach().double().requires_grad_(), w.detach().to(dtype).double().requires_grad_()
+                z = bias_act(conv2d(double, w64, **how), act="lrelu", clamp=30)
+                expected = [z, *torch.autograd.grad(z.square().sum(), [double, w64])]
+                monkeypatch.delenv("STYLELOOM_OPS")
+                for mine, theirs in zip(got, expected, strict=True):
+                    error = (mine.double() - theirs).norm() / theirs.norm()
+                    assert error < {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 3e-3}[dtype]
+
+
+def test_autocast_and_forward_mode_take_torchs_ops():
+    x = torch.randn(1, 16, 4, 4).requires_grad_()
+    for k in (3, 5):
+        w = torch.randn(16, 16, k, k).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = conv2d(x, w)
+        assert y.dtype == torch.bfloat16
+        y.float().sum().backward()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(torch.randn(1, 16, 4, 4), torch.ones(1, 16, 4, 4))
+        assert torch.autograd.forward_ad.unpack_dual(bias_act(dual, act="lrelu")).tangent is not None

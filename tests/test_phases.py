@@ -123,6 +123,7 @@ def test_count_nonfinite_counts_elements_of_gradients_and_of_the_others():
     a, b = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2))
     a.grad = torch.tensor([1.0, float("nan"), float("inf")])
     assert count_nonfinite([a, b], [torch.tensor([float("-inf"), 0.0])]) == 3
+    assert count_nonfinite([b], []) == 0  # nothing to count
     a.grad = torch.tensor([3e38, -3e38, 3e38])  # finite, though their sum is not
     assert count_nonfinite([a, b], []) == 0
 

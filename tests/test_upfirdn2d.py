@@ -210,7 +210,7 @@ def test_the_filter_may_lie_anyhow(ops_path, agree):
     check_op(agree, x, f.mT, (1, 2, 4, True, 1.0))
     check_op(agree, x, f[:, 3], (2, 1, 4, False, 1.0))
     assert torch.equal(upfirdn2d(x, f.double()), upfirdn2d(x, f))
-    assert torch.equal(upfirdn2d(x, f.requires_grad_()), upfirdn2d(x, f.detach()))
+    torch.testing.assert_close(upfirdn2d(x, f.requires_grad_()), upfirdn2d(x, f.detach()), check_stride=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -332,3 +332,17 @@ def test_setup_filter():
 def test_bad_filter(taps):
     with pytest.raises(ValueError, match="a filter is one row of taps"):
         setup_filter(taps)
+
+
+def test_a_filter_may_have_a_gradient(ops_path):
+    x = torch.randn(1, 16, 6, 6, generator=torch.Generator().manual_seed(0))
+    f = torch.tensor([1.0, 3.0, 3.0, 1.0]).requires_grad_()
+    (df,) = torch.autograd.grad(upfirdn2d(x, f, padding=2).sum(), f)
+    (expected,) = torch.autograd.grad(reference(x, f, padding=2).sum(), f)
+    torch.testing.assert_close(df, expected)
+
+
+@pytest.mark.parametrize("factors", [{"up": 0}, {"down": 0}, {"up": (1, 0)}, {"down": -1}])
+def test_factors_below_1_are_refused(ops_path, factors):
+    with pytest.raises(ValueError, match="have to be 1 or more"):
+        upfirdn2d(torch.ones(1, 16, 8, 8), torch.ones(4), padding=9, **factors)

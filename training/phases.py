@@ -110,6 +110,8 @@ def run_phase(
 def count_nonfinite(parameters: list[nn.Parameter], others: list[Tensor]) -> int:
     """How many elements of the gradients and of the other tensors are not finite."""
     tensors = [p.grad for p in parameters if p.grad is not None] + others
+    if not tensors:
+        return 0
     if torch.stack(torch._foreach_norm(tensors, ord=1)).isfinite().all():  # one pass, and one wait, if all is well
         return 0
     return int(sum((~x.isfinite()).sum() for x in tensors))

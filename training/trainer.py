@@ -11,7 +11,7 @@ from ..datasets.manifest import Manifest, check_shard, read_manifest
 from ..datasets.stream import batches
 from ..datasets.verify import hash_faults
 from ..datasets.workers import default_workers
-from ..ops.memory import keep_freed_memory
+from ..ops.memory import give_back_freed_memory, keep_freed_memory
 from . import checkpoint, ema, recipes, report, schedule
 from .config import Run, protected_differences
 from .distributed import Team
@@ -104,6 +104,8 @@ class Training:
         ramp = None if run.init else run.ema.ramp  # a snapshot's weights are not to be forgotten early
         beta = schedule.ema_beta(self.nimg, run.batch, run.ema.half_life_kimg * 1000, ramp)
         ema.update_average(self.average, recipe.networks[recipe.averaged], beta)
+        if self.team.device.type == "cpu":
+            give_back_freed_memory()
         self.nimg += run.batch
 
     def run_phase(self, phase: Phase, reals: Tensor, classes: Tensor) -> None:

@@ -34,10 +34,17 @@ SL_FN float to_float(bf16 v) {
 SL_FN float to_float(fp16 v) {
 #ifdef __CUDA_ARCH__
     return __half2float(__ushort_as_half(v.bits));
-#else
-    _Float16 half;
-    memcpy(&half, &v.bits, 2);
-    return (float)half;
+#else  // by bits: not every compiler has a type for it
+    const uint32_t sign = (uint32_t)(v.bits & 0x8000) << 16, exponent = v.bits >> 10 & 31, fraction = v.bits & 1023;
+    uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
+    if (exponent == 0) {
+        const float small = (float)fraction * 0x1p-24f;
+        memcpy(&bits, &small, 4);
+        bits |= sign;
+    }
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
 #endif
 }
 
@@ -66,10 +73,19 @@ SL_FN fp16 from_float<fp16>(float v) {
 #ifdef __CUDA_ARCH__
     return {__half_as_ushort(__float2half_rn(v))};
 #else
-    _Float16 half = (_Float16)v;
-    fp16 out;
-    memcpy(&out.bits, &half, 2);
-    return out;
+    uint32_t bits;
+    memcpy(&bits, &v, 4);
+    const uint32_t sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return {(uint16_t)(sign | 0x7e00)};   // NaN
+    if (magnitude >= 0x477ff000) return {(uint16_t)(sign | 0x7c00)};  // rounds to infinity
+    if (magnitude < 0x38800000) {  // subnormal: next to a half, the last bit of a float is worth 2^-24
+        float small;
+        memcpy(&small, &magnitude, 4);
+        small += 0.5f;
+        memcpy(&bits, &small, 4);
+        return {(uint16_t)(sign | (bits - 0x3f000000))};
+    }
+    return {(uint16_t)(sign | (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13)};  // ties to even
 #endif
 }
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <new>
+#include <exception>
 #include <type_traits>
 
 #include "arith.h"
@@ -72,6 +73,21 @@ struct Buffer {
 };
 
 constexpr int OUT_OF_MEMORY = 1;
+
+// Runs `work(i)` for i < count on as many threads. What is thrown leaves only after all have ended.
+template <class Work>
+void in_parallel(int64_t count, int threads, Work work) {
+    bool failed = false;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int64_t i = 0; i < count; i++) {
+        try {
+            work(i);
+        } catch (const std::exception &) {
+            failed = true;
+        }
+    }
+    if (failed) throw std::bad_alloc();
+}
 
 // Runs `work()`, which may throw when memory is short, and returns the error code.
 template <class Work>

@@ -223,16 +223,15 @@ void four_taps_planes(const Upfirdn2d &a, int threads) {
     const std::vector<T> zeros(LANES, T{});
     const std::vector<Taps> lines = rows_of(a);
     const int64_t length = a.ow * DOWN / UP + 4 * LANES + 2 * TAPS;
-#pragma omp parallel num_threads(threads)
-    {
+    const int64_t planes = a.n * a.c;
+    in_parallel(threads, threads, [&](int64_t part) {
         std::vector<float> line(length, 0.0f);
-#pragma omp for schedule(static)
-        for (int64_t plane = 0; plane < a.n * a.c; plane++)
+        for (int64_t plane = planes * part / threads; plane < planes * (part + 1) / threads; plane++)
             for (int64_t oy = 0; oy < a.oh; oy++) {
                 const Rows<T> rows(a, (const T *)a.x + plane * a.h * a.w, 1, lines[oy], f.fy, zeros.data());
                 plane_row<T, UP, DOWN>(a, rows, f.fx, line.data(), length, (T *)a.y + (plane * a.oh + oy) * a.ow);
             }
-    }
+    });
 }
 
 template <class T, int UP, int DOWN>
@@ -404,16 +403,14 @@ void planes(const Upfirdn2d &a, int threads) {
         for (int k = 0; k < a.fw; k++) weights[k] = a.gain * a.fx[a.flip ? k : a.fw - 1 - k];
     const std::vector<Taps> lines = rows_of(a);
     const int64_t band = 64, bands = (a.oh + band - 1) / band, units = a.n * a.c * bands;
-#pragma omp parallel num_threads(threads)
-    {
+    in_parallel(threads, threads, [&](int64_t part) {
         Across across(a);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < units; i++) {
+        for (int64_t i = units * part / threads; i < units * (part + 1) / threads; i++) {
             const int64_t plane = i / bands, begin = i % bands * band;
-            plane_rows(a, lines, (const T *)a.x + plane * a.h * a.w, (T *)a.y + plane * a.oh * a.ow, weights.data(), begin,
-                       std::min(begin + band, a.oh), across);
+            plane_rows(a, lines, (const T *)a.x + plane * a.h * a.w, (T *)a.y + plane * a.oh * a.ow, weights.data(),
+                       begin, std::min(begin + band, a.oh), across);
         }
-    }
+    });
 }
 
 template <class T>

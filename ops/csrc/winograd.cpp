@@ -6,7 +6,8 @@
 
 namespace {
 
-constexpr int ROWS = sizeof(vec) == 32 ? 4 : 8;  // AVX2 has 16 registers, the others 32
+constexpr int ROWS = LANES == 16 ? 8 : 4;  // AVX2 has 16 registers, AVX-512 32; a divisor of LANES
+static_assert(LANES % ROWS == 0, "blocks of rows lie within a vector");
 constexpr int COLS = 2 * LANES;  // ROWS x COLS sums fit into the registers
 constexpr int64_t BLOCK = 32;    // tiles transformed at once; a multiple of ROWS
 
