@@ -249,7 +249,7 @@ def _arguments(
 ) -> native.BiasAct:
     """What csrc/api.h asks for, but for the large tensors."""
     n, c = x.shape[:2]
-    channels_last = native.dense(x)[1]
+    channels_last = native.channels_last(x)
     p = x[0, 0].numel() if x.numel() else 0
     if x.ndim == 2 and scale is None:  # the samples are the pixels of one image, channels-last
         n, p, channels_last = 1, n, True

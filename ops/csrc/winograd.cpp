@@ -1,6 +1,6 @@
 // 3x3 convolutions with fewer multiplications, in float32 and channels-last: "same", stride 2, and stride-2 transposed;
 // and their weights' gradients. Winograd's minimal filtering (Lavin and Gray 2016, "Fast Algorithms for Convolutional
-// Neural Networks", section 4) with the points 0, 1, -1 and infinity only, whose rounding errors stay below those of
+// Neural Networks", section 4) with the points 0, 1, -1 and infinity only, whose rounding errors are about those of
 // the plain sum. Tiles are transformed, multiplied and transformed back in blocks that stay in the cache.
 #include "cpu.h"
 
