@@ -31,6 +31,8 @@ setup(
         "tyro>=1.0",
         "safetensors>=0.5",
         "numpy>=2.0",
+        "xxhash>=3",
+        "fsspec",
         "Pillow>=11",
         "simplejpeg>=1.8",
         "tqdm",

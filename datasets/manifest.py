@@ -1,8 +1,12 @@
 """The typed description of a shard set: which tars it has, what is in them, and how the pictures were made.
 
-What concerns a single sample (where its image lies in the tar, and its label) is not in `manifest.json` but in one
-`.npy` beside each tar, so that reading a manifest costs memory by the shard, not by the sample: 10^9 samples are 10^6
-shards and some hundred megabytes, and a process opens the indices of only the shards it is reading from.
+What concerns a single sample (where its image lies in the tar, its label and a hash of its bytes) is not in
+`manifest.json` but in one `.npy` for each tar, so that reading a manifest costs memory by the shard, not by the sample:
+10^9 samples are 10^6 shards, and a process opens the indices of only the shards it is reading from.
+
+The tars of a set that `styleloom prepare` wrote lie beside the manifest, and all images have the form it states. A set
+that others wrote (`prepare --index-only`) stays where and as it is: `root` says where the tars lie, and `conform` that
+the images have other sizes or kinds, to be brought into the form as they are read.
 """
 
 import hashlib
@@ -10,20 +14,31 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import BinaryIO, Literal, Self
+from pathlib import Path, PurePosixPath
+from typing import Annotated, BinaryIO, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import xxhash
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 FILE = "manifest.json"
 WORK = ".prepare"  # the folder of work files that an unfinished `styleloom prepare` leaves in the data set
 TEMPORARY = ".tmp"  # how the names of files end that are being written
 
 _SHA256 = r"^[0-9a-f]{64}$"
-# No folders in a name: a manifest that came from elsewhere must not point outside its own folder.
-_TAR = r"^[\w-][\w.-]*\.tar$"
-_NPY = r"^[\w-][\w.-]*\.npy$"
+INDEX_COLUMNS = 4
+
+
+def _within(name: str) -> str:
+    """A manifest that came from elsewhere must not point outside its own folder."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or ":" in parts[0]:
+        raise ValueError(f"{name!r} is not a path within the data set")
+    return name
+
+
+_Tar = Annotated[str, Field(pattern=r"\.tar$"), AfterValidator(_within)]
+_Npy = Annotated[str, Field(pattern=r"\.npy$"), AfterValidator(_within)]
 
 
 class Shard(BaseModel):
@@ -31,48 +46,87 @@ class Shard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=_TAR)
-    """File name of the tar, in the manifest's folder."""
+    name: _Tar
+    """Path of the tar, with forward slashes, below the manifest's `root`."""
     count: int = Field(gt=0)
     """Samples in it."""
     bytes: int = Field(gt=0)
     """Size of the tar."""
     sha256: str = Field(pattern=_SHA256)
     """Of the tar, in hex."""
-    index: str = Field(pattern=_NPY)
-    """File name of the index: int64 [count, 3] = (offset of the image's bytes in the tar, length, label or -1)."""
+    index: _Npy
+    """Path of the index, in the manifest's folder: int64 [count, 4] = (offset of the image's bytes in the tar, their
+    length, label or -1, `content_hash`)."""
     index_sha256: str = Field(pattern=_SHA256)
     """Of the index file, in hex."""
 
 
-class Manifest(BaseModel):
-    """A whole shard set. All images have the same size, channels and codec."""
+class Spread(BaseModel):
+    """How a positive number is spread over the pictures that a data set was made from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal["styleloom-shards-1"] = "styleloom-shards-1"
+    least: float
+    most: float
+    histogram: dict[int, int]
+    """Pictures by the number's logarithm in eighths of an octave: floor(8 * log2(x)) -> how many."""
+
+
+class Statistics(BaseModel):
+    """What the pictures that a data set was made from were like, and what the images are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    width: Spread
+    """Of the pictures, upright, in pixels."""
+    height: Spread
+    aspect: Spread
+    """Width / height."""
+    formats: dict[str, int]
+    """Pictures of each format, such as JPEG."""
+    mean_colour: list[float]
+    """Of the images, one number for each channel, 0 to 255."""
+    std_colour: list[float]
+    """Standard deviation over all their pixels, for each channel, 0 to 255."""
+
+
+class Manifest(BaseModel):
+    """A whole shard set. All images have the same size and channels, as they are or (`conform`) once they are read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["styleloom-shards-2"] = "styleloom-shards-2"
+    root: str = ""
+    """Folder or URL below which the tars lie; empty: beside this file."""
     width: int = Field(gt=0)
     """Pixels."""
     height: int = Field(gt=0)
     """Pixels."""
     channels: Literal[1, 3, 4]
     """Grey, RGB or RGBA."""
-    codec: Literal["png", "jpeg", "webp"]
+    codec: Literal["png", "jpeg", "webp", "mixed"]
+    """Of the images as they are stored; mixed: each says so itself."""
     quality: int | None
-    """Of the codec, 1 to 100; None is lossless."""
-    resize: Literal["lanczos", "box"]
-    """The filter that brought the pictures to this size. It shows in the metrics, so it is recorded."""
+    """Of the codec, 1 to 100; None is lossless, or unknown where `resize` is."""
+    resize: Literal["lanczos", "box", "unknown"]
+    """The filter that brought the pictures to this size. It shows in the metrics, so it is recorded. Unknown: others
+    did that."""
+    conform: bool = False
+    """The stored images have other sizes or kinds: reading brings each into this form (pictures.py)."""
     crop: Literal["center"] = "center"
     background: str | None
     """The colour that transparent pictures were composited on, such as "#ffffff"; None where alpha was kept."""
     class_names: list[str]
     """Name of each label, by its number; empty when there are no labels."""
     class_counts: list[int]
-    """Samples of each label."""
+    """Samples of each label. Samples without one (in sets that others wrote) are in none of them."""
     count: int = Field(gt=0)
     """Samples in all shards."""
     bytes: int = Field(gt=0)
     """Size of all tars."""
+    reduced: list[str] = []
+    """Folders in this one with the same samples, keys and shards at smaller sizes, each a data set of its own."""
+    statistics: Statistics | None = None
     shards: list[Shard] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -83,8 +137,8 @@ class Manifest(BaseModel):
             raise ValueError("bytes is not the sum over the shards")
         if len(self.class_counts) != len(self.class_names):
             raise ValueError("class_names and class_counts differ in length")
-        if self.class_names and sum(self.class_counts) != self.count:
-            raise ValueError("class_counts do not add up to count")
+        if sum(self.class_counts) > self.count:
+            raise ValueError("class_counts add up to more than count")
         return self
 
     @property
@@ -94,8 +148,12 @@ class Manifest(BaseModel):
 
     @property
     def hash(self) -> str:
-        """sha256 in hex of the canonical JSON: the identity of the data set, as checkpoints record it."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """sha256 in hex of the canonical JSON: the identity of the data set, as checkpoints record it.
+
+        Where the tars lie, and what is told of the pictures, does not count.
+        """
+        identity = self.model_dump(mode="json", exclude={"root", "reduced", "statistics"})
+        canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -195,7 +253,8 @@ def locked(path: Path, complaint: str) -> Iterator[None]:
 
 
 def load_index(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
-    """The index of a shard: int64 [count, 3] = (offset of the image's bytes in the tar, their length, label or -1).
+    """The index of a shard: int64 [count, 4] = (offset of the image's bytes in the tar, their length, label or -1,
+    their `content_hash`).
 
     Raises ValueError if it is missing, unreadable or does not fit the shard.
     """
@@ -204,15 +263,25 @@ def load_index(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
         index = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"cannot read the index {path} of {shard.name} ({error}). {_remedy(folder)}") from None
-    if index.dtype != np.int64 or index.shape != (shard.count, 3):
+    if index.dtype != np.int64 or index.shape != (shard.count, INDEX_COLUMNS):
         raise ValueError(
-            f"the index {path} holds {index.dtype} {list(index.shape)} instead of int64 [{shard.count}, 3]: "
+            f"the index {path} holds {index.dtype} {list(index.shape)} instead of int64 [{shard.count}, "
+            f"{INDEX_COLUMNS}]: "
             f"it changed after the manifest was written. {_remedy(folder)}"
         )
     offsets, lengths = index[:, 0], index[:, 1]
     if (offsets < 0).any() or (lengths <= 0).any() or (offsets > shard.bytes - lengths).any():
         raise ValueError(f"the index {path} points outside {shard.name}. {_remedy(folder)}")
     return index
+
+
+def content_hash(data: bytes) -> int:
+    """What an index holds of an image's bytes, to notice any change of them: XXH3 (64 bits), as a signed number.
+
+    Not against forgery (sha256 of the whole shard is); it costs a hundredth of decoding the image.
+    """
+    value = xxhash.xxh3_64_intdigest(data)
+    return value - (1 << 64) if value >> 63 else value
 
 
 def check_shard(folder: str | os.PathLike[str], shard: Shard) -> None:

@@ -27,6 +27,7 @@ from .manifest import (
     Shard,
     atomic_file,
     check_shard,
+    content_hash,
     load_index,
     locked,
     read_manifest,
@@ -194,7 +195,7 @@ def make_shard(task: Task, tick: Tick) -> None:
     shard = None
     if tally.labels:
         table = io.BytesIO()
-        np.save(table, _index(tar, task.form.codec, tally.labels))
+        np.save(table, _index(tar, task.form.codec, tally))
         write_atomically(index, table.getvalue())
         shard = Shard(
             name=tar.name,
@@ -222,6 +223,7 @@ class _Tally:
 
     def __init__(self) -> None:
         self.labels: list[int] = []  # of the written ones, in order
+        self.hashes: list[int] = []
         self.upscaled = 0
         self.profiles_ignored = 0
         self.unreadable: list[Unreadable] = []
@@ -260,6 +262,7 @@ def _add_picture(writer: TarWriter, task: Task, i: int, tally: _Tally) -> None:
         sample["cls"] = b"%d" % entry.label
     writer.write(sample)
     tally.labels.append(entry.label)
+    tally.hashes.append(content_hash(picture.data))
     tally.upscaled += picture.upscaled
     tally.profiles_ignored += picture.profile_ignored
 
@@ -269,10 +272,11 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _index(tar: Path, codec: str, labels: list[int]) -> np.ndarray:
-    """int64 [count, 3] = (offset, length, label), read from the finished tar rather than foretold."""
+def _index(tar: Path, codec: str, tally: _Tally) -> np.ndarray:
+    """int64 [count, 4] = (offset, length, label, hash); where things lie is read from the tar rather than foretold."""
     found = {key: member for key, members in tar_samples(tar) for member in members if member.name == f"{key}.{codec}"}
-    rows = [(m.offset, m.size, label) for m, label in zip(found.values(), labels, strict=True)]
+    columns = zip(found.values(), tally.labels, tally.hashes, strict=True)
+    rows = [(member.offset, member.size, label, hash_) for member, label, hash_ in columns]
     return np.array(rows, dtype=np.int64)
 
 

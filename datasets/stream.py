@@ -122,7 +122,7 @@ class Records(IterableDataset):
         return _File(self.folder / entry.name), load_index(self.folder, entry)
 
     def _sample(self, position: int, url: str, tar: "_File", row: np.ndarray) -> Iterator[dict[str, Any]]:
-        offset, length, label = map(int, row)
+        offset, length, label, _ = map(int, row)
         data = os.pread(tar.fd, length, offset)
         if len(data) != length:
             raise ValueError(f"{tar.path} ends before the image at byte {offset}: {REMEDY}")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .decode import decode
-from .manifest import FILE, Manifest, Shard, load_index, read_manifest
+from .manifest import FILE, Manifest, Shard, content_hash, load_index, read_manifest
 from .sources import UNLABELLED, Member, tar_samples
 from .workers import Tick, progress_bar, run
 
@@ -122,18 +122,21 @@ def _sha256(path: Path) -> str:
 def _sample_faults(
     manifest: Manifest, contents: dict[str, tuple[Member, bytes]], row: np.ndarray | None
 ) -> Iterator[str]:
-    """What is wrong with one sample. contents: its members by suffix; row: (offset, length, label), if there is one."""
+    """What is wrong with one sample. contents: its members by suffix; row: of the index, if there is one."""
     if manifest.codec not in contents:
         yield f"has no .{manifest.codec}"
         return
     image, data = contents[manifest.codec]
-    yield from _image_faults(manifest, data)
+    broken = list(_image_faults(manifest, data))
+    yield from broken
     label = _label(contents["cls"][1]) if "cls" in contents else UNLABELLED
     if label is None or not (0 <= label < manifest.classes if manifest.classes else label == UNLABELLED):
         allowed = f"0 to {manifest.classes - 1}" if manifest.classes else "none"
         yield f"its label is {_shown(contents, label)}, not {allowed}"
     if row is not None and tuple(row[:2]) != (image.offset, image.size):
         yield "the index points elsewhere"
+    elif row is not None and not broken and row[3] != content_hash(data):
+        yield "its bytes are not those that were indexed"
     if row is not None and label is not None and row[2] != label:
         yield f"its label is {_shown(contents, label)}, the index says {row[2]}"
 

@@ -108,7 +108,7 @@ def _samples(manifest: Manifest, folder: Path, positions: np.ndarray) -> list[np
         first = ends[number] - shard.count
         with open(folder / shard.name, "rb") as file:
             for position in positions[(positions >= first) & (positions < ends[number])]:
-                offset, length, _ = index[position - first]
+                offset, length, *_ = index[position - first]
                 file.seek(offset)
                 images.append(decode(file.read(length), manifest.codec, manifest.channels))
     return images

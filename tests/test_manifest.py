@@ -14,6 +14,7 @@ from styleloom.datasets.manifest import (
     Shard,
     atomic_file,
     check_shard,
+    content_hash,
     load_index,
     read_manifest,
     write_manifest,
@@ -47,7 +48,7 @@ MANIFEST = Manifest(
 def folder(tmp_path):
     write_manifest(MANIFEST, tmp_path)
     (tmp_path / SHARD.name).write_bytes(bytes(SHARD.bytes))
-    np.save(tmp_path / SHARD.index, np.array([[512, 100, 0], [2048, 50, 0]], dtype=np.int64))
+    np.save(tmp_path / SHARD.index, np.array([[512, 100, 0, 5], [2048, 50, 0, -5]], dtype=np.int64))
     return tmp_path
 
 
@@ -62,6 +63,7 @@ def test_the_hash_depends_on_the_content_and_not_on_the_layout(folder):
     path.write_text(json.dumps(json.loads(path.read_text()), indent=8, sort_keys=True))
     assert read_manifest(folder).hash == MANIFEST.hash
     assert MANIFEST.model_copy(update={"resize": "box"}).hash != MANIFEST.hash
+    assert MANIFEST.model_copy(update={"root": "https://example.org/set"}).hash == MANIFEST.hash
 
 
 @pytest.mark.parametrize(
@@ -69,10 +71,14 @@ def test_the_hash_depends_on_the_content_and_not_on_the_layout(folder):
     [
         (lambda text: "", "is empty"),
         (lambda text: text[: len(text) // 2], "Invalid JSON"),
-        (lambda text: text.replace("styleloom-shards-1", "styleloom-shards-9"), "format"),
+        (lambda text: text.replace("styleloom-shards-2", "styleloom-shards-9"), "format"),
         (lambda text: text.replace('"count": 2', '"count": 3', 1), "count is not the sum|class_counts"),
         (lambda text: text.replace('"width": 8', '"width": 8, "depth": 1'), "depth"),
         (lambda text: text.replace("shard-000000.tar", "../secret.tar"), "shards.0.name"),
+        (lambda text: text.replace("shard-000000.tar", "/etc/secret.tar"), "shards.0.name"),
+        (lambda text: text.replace("shard-000000.tar", "pipe:rm -r x.tar"), "shards.0.name"),
+        (lambda text: text.replace("shard-000000.npy", "a/../../b.npy"), "shards.0.index"),
+        (lambda text: text.replace('"class_counts": [\n  2', '"class_counts": [\n  3'), "add up to more"),
     ],
 )
 def test_an_unusable_manifest_is_named(folder, change, message):
@@ -113,7 +119,7 @@ def test_check_shard(folder):
 def test_load_index(folder):
     index = load_index(folder, SHARD)
     assert index.dtype == np.int64
-    assert index.tolist() == [[512, 100, 0], [2048, 50, 0]]
+    assert index.tolist() == [[512, 100, 0, 5], [2048, 50, 0, -5]]
 
 
 def _pickled() -> bytes:
@@ -125,10 +131,10 @@ def _pickled() -> bytes:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        (np.zeros((3, 3), np.int64), r"int64 \[3, 3\] instead of int64 \[2, 3\]"),
-        (np.ones((2, 3), np.int32), "int32"),
-        (np.array([[0, 1, 0], [10239, 2, 0]]), "points outside"),
-        (np.array([[-1, 1, 0], [0, 1, 0]]), "points outside"),
+        (np.zeros((3, 4), np.int64), r"int64 \[3, 4\] instead of int64 \[2, 4\]"),
+        (np.ones((2, 4), np.int32), "int32"),
+        (np.array([[0, 1, 0, 0], [10239, 2, 0, 0]]), "points outside"),
+        (np.array([[-1, 1, 0, 0], [0, 1, 0, 0]]), "points outside"),
         (b"\x93NUMPY", "cannot read the index"),
         (b"", "cannot read the index"),
         (_pickled(), "cannot read the index"),
@@ -157,3 +163,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert caught.value.filename == str(path)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     assert path.read_bytes() == b"old"
+
+
+def test_content_hash_is_the_published_one():
+    """XXH3 of nothing is 0x2D06800538D394C2 (the reference implementation's self-test); above 2**63 it turns negative."""
+    assert content_hash(b"") == 0x2D06800538D394C2
+    assert {content_hash(bytes([i])) < 0 for i in range(8)} == {True, False}
+    assert all(-(2**63) <= content_hash(bytes([i])) < 2**63 for i in range(64))

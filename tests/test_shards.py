@@ -15,7 +15,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from styleloom.datasets import shards
 from styleloom.datasets.decode import decode
-from styleloom.datasets.manifest import WORK, load_index, locked, read_manifest, write_manifest
+from styleloom.datasets.manifest import WORK, content_hash, load_index, locked, read_manifest, write_manifest
 from styleloom.datasets.shards import prepare
 from styleloom.datasets.sources import open_source
 from styleloom.datasets.verify import verify
@@ -77,12 +77,13 @@ def test_what_is_in_it(pictures, undisturbed):
             members = [(info.name, data[info.offset_data :][: info.size]) for info in tar]
             assert {(i.uid, i.gid, i.uname, i.gname, i.mtime) for i in tar} == {(0, 0, "", "", 0)}
         index = load_index(undisturbed, shard)
-        for row, (offset, length, label) in enumerate(index):
+        for row, (offset, length, label, hashed) in enumerate(index):
             (cls, label_text), (meta, text), (png, image) = members[3 * row : 3 * row + 3]
             key = png.partition(".")[0]
             assert (cls, meta, png) == (f"{key}.cls", f"{key}.json", f"{key}.png")
             assert int(label_text) == label == (0 if int(key) < 9 else 1)
             assert data[offset : offset + length] == image
+            assert hashed == content_hash(image)
             side = 5 if int(key) == 7 else 20
             source = f"{'cat' if label == 0 else 'dog'}/{int(key):03d}.png"
             assert json.loads(text) == {"source": source, "width": side + 4, "height": side}
@@ -328,7 +329,7 @@ def forge(data, number: int, tar: bytes | None = None, index: np.ndarray | None 
 
 def test_a_flipped_byte_is_found_in_its_sample(data):
     shard = read_manifest(data).shards[3]
-    offset, length, _ = load_index(data, shard)[1]
+    offset, length, *_ = load_index(data, shard)[1]
     content = bytearray((data / shard.name).read_bytes())
     content[offset + length // 2] ^= 1
     (data / shard.name).write_bytes(content)

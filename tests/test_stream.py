@@ -167,7 +167,7 @@ def test_a_truncated_shard_names_itself_and_the_remedy(damaged, workers):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_corrupt_image_names_its_shard_and_the_remedy(damaged, workers):
     shard = read_manifest(damaged).shards[1]
-    offset, length, _ = load_index(damaged, shard)[4]
+    offset, length, *_ = load_index(damaged, shard)[4]
     with open(damaged / shard.name, "r+b") as file:
         file.seek(offset + length // 2)
         file.write(b"garbage")

@@ -86,7 +86,7 @@ def test_a_missing_shard(arguments, refused, data, out):
 def flip(data) -> str:
     """Changes a byte in an image, and nothing of the size. Returns the shard's name."""
     shard = read_manifest(data).shards[1]
-    offset, length, _ = load_index(data, shard)[2]
+    offset, length, *_ = load_index(data, shard)[2]
     content = bytearray((data / shard.name).read_bytes())
     content[offset + length // 2] ^= 255
     (data / shard.name).write_bytes(content)
