@@ -99,12 +99,25 @@ class Picture(NamedTuple):
     """Its ICC profile was unusable."""
 
 
-def bring_into_form(data: bytes, form: Form) -> Picture:
-    """Decodes, converts, crops, resizes and encodes a picture. Raises ValueError, with the reason, if that fails."""
+class Loaded(NamedTuple):
+    """A picture as it was found, decoded, upright and in sRGB; not yet cropped."""
+
+    colour: Image.Image
+    """L or RGB."""
+    alpha: Image.Image | None
+    """L; None if nothing is transparent."""
+    format: str
+    """PNG, JPEG, WEBP, BMP, TIFF or GIF."""
+    profile_ignored: bool
+    """Its ICC profile was unusable."""
+
+
+def load(data: bytes) -> Loaded:
+    """Decodes a picture of any kind: steps 1 to 5 of the policy. Raises ValueError, with the reason, if that fails."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata and on large pictures
         try:
-            image, profile = _load(data)
+            image, format_, profile = _load(data)
             colour, alpha = _split(image)
             colour, ignored = _to_srgb(colour, profile)
         except MemoryError:
@@ -113,20 +126,41 @@ def bring_into_form(data: bytes, form: Form) -> Picture:
             raise ValueError("empty file" if not data else "not a picture in a known format") from None
         except Exception as error:  # decoders meet broken bytes with errors of every kind
             raise ValueError(f"{error}" or type(error).__name__) from None
-        width, height = colour.size
-        box = _centre(width, height, form)
-        image = _flatten(colour.crop(box), alpha and alpha.crop(box), form)
-        upscaled = image.width < form.width or image.height < form.height
-        # For RGBA Pillow resizes premultiplied values.
-        image = image.resize((form.width, form.height), _FILTER[form.resize])
-    return Picture(_encode(image, form), width, height, upscaled, ignored)
+    return Loaded(colour, alpha, format_, ignored)
 
 
-def _load(data: bytes) -> tuple[Image.Image, bytes | None]:
-    """The first picture in `data`, upright, and its colour profile."""
+def shape(picture: Loaded, form: Form) -> Image.Image:
+    """The picture cropped, composited and resized: steps 6 to 8 of the policy. L, RGB or RGBA, of the form's size."""
+    box = _centre(*picture.colour.size, form)
+    image = _flatten(picture.colour.crop(box), picture.alpha and picture.alpha.crop(box), form)
+    # For RGBA Pillow resizes premultiplied values.
+    return image.resize((form.width, form.height), _FILTER[form.resize])
+
+
+def is_enlarged(picture: Loaded, form: Form) -> bool:
+    """Whether the picture is smaller than the form in some direction, once cropped."""
+    left, top, right, bottom = _centre(*picture.colour.size, form)
+    return right - left < form.width or bottom - top < form.height
+
+
+def bring_into_form(data: bytes, form: Form) -> Picture:
+    """Decodes, converts, crops, resizes and encodes a picture. Raises ValueError, with the reason, if that fails."""
+    picture = load(data)
+    image = shape(picture, form)
+    enlarged = is_enlarged(picture, form)
+    return Picture(encode(image, form), *picture.colour.size, enlarged, picture.profile_ignored)
+
+
+def conform(data: bytes, form: Form) -> np.ndarray:
+    """uint8 [height, width, channels] of a picture of any kind in the given form. Raises ValueError as `load` does."""
+    return np.asarray(shape(load(data), form)).reshape(form.height, form.width, form.channels)
+
+
+def _load(data: bytes) -> tuple[Image.Image, str, bytes | None]:
+    """The first picture in `data`, upright, its format and its colour profile."""
     with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
         image.load()  # before asking for the orientation: TIFF is turned by Pillow while loading
-        return _upright(image), image.info.get("icc_profile")
+        return _upright(image), image.format or "", image.info.get("icc_profile")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -207,7 +241,8 @@ def _flatten(colour: Image.Image, alpha: Image.Image | None, form: Form) -> Imag
     return colour.convert(_MODE[form.channels])
 
 
-def _encode(image: Image.Image, form: Form) -> bytes:
+def encode(image: Image.Image, form: Form) -> bytes:
+    """The image's bytes in the form's codec, without metadata."""
     image.info = {}  # the profile and the like are spent
     file = io.BytesIO()
     match form.codec:

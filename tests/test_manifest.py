@@ -166,7 +166,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 
 def test_content_hash_is_the_published_one():
-    """XXH3 of nothing is 0x2D06800538D394C2 (the reference implementation's self-test); above 2**63 it turns negative."""
+    """XXH3 of nothing is 0x2D06800538D394C2 (reference implementation); above 2**63 it turns negative."""
     assert content_hash(b"") == 0x2D06800538D394C2
     assert {content_hash(bytes([i])) < 0 for i in range(8)} == {True, False}
     assert all(-(2**63) <= content_hash(bytes([i])) < 2**63 for i in range(64))
