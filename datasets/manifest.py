@@ -12,6 +12,8 @@ the images have other sizes or kinds, to be brought into the form as they are re
 import hashlib
 import json
 import os
+import posixpath
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -20,6 +22,8 @@ from typing import Annotated, BinaryIO, Literal, Self
 import numpy as np
 import xxhash
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from . import storage
 
 FILE = "manifest.json"
 WORK = ".prepare"  # the folder of work files that an unfinished `styleloom prepare` leaves in the data set
@@ -32,12 +36,20 @@ INDEX_COLUMNS = 4
 def _within(name: str) -> str:
     """A manifest that came from elsewhere must not point outside its own folder."""
     parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or ":" in parts[0]:
+    # A colon begins a place elsewhere, two of them a place within a place (fsspec's chains).
+    if not parts or name.startswith("/") or ".." in parts or set("\\\0") & set(name) or "::" in name or ":" in parts[0]:
         raise ValueError(f"{name!r} is not a path within the data set")
     return name
 
 
-_Tar = Annotated[str, Field(pattern=r"\.tar$"), AfterValidator(_within)]
+def _passive(root: str) -> str:
+    """A manifest that came from elsewhere must run nothing: it may name folders, and places that are only read."""
+    if "::" in root or (storage.is_remote(root) and not root.lower().startswith(storage.PASSIVE)):
+        raise ValueError(f"a manifest's tars are in a folder or at {', '.join(storage.PASSIVE)}, not at {root!r}")
+    return root
+
+
+_Tar = Annotated[str, Field(pattern=r"\.(?i:tar)$"), AfterValidator(_within)]
 _Npy = Annotated[str, Field(pattern=r"\.npy$"), AfterValidator(_within)]
 
 
@@ -50,7 +62,7 @@ class Shard(BaseModel):
     """Path of the tar, with forward slashes, below the manifest's `root`."""
     count: int = Field(gt=0)
     """Samples in it."""
-    bytes: int = Field(gt=0)
+    bytes: int = Field(gt=0, lt=2**63)
     """Size of the tar."""
     sha256: str = Field(pattern=_SHA256)
     """Of the tar, in hex."""
@@ -59,6 +71,12 @@ class Shard(BaseModel):
     length, label or -1, `content_hash`)."""
     index_sha256: str = Field(pattern=_SHA256)
     """Of the index file, in hex."""
+
+    @model_validator(mode="after")
+    def _has_room(self) -> Self:
+        if self.count * 1024 > self.bytes:  # a header and a block for each: broken numbers are not to fill the memory
+            raise ValueError(f"{self.bytes} bytes do not hold {self.count} samples")
+        return self
 
 
 class Spread(BaseModel):
@@ -85,9 +103,10 @@ class Statistics(BaseModel):
     formats: dict[str, int]
     """Pictures of each format, such as JPEG."""
     mean_colour: list[float]
-    """Of the images, one number for each channel, 0 to 255."""
+    """Of the images, one number for each channel, 0 to 255: of up to 256 x 256 evenly spaced pixels of each, in the
+    smallest size that was made."""
     std_colour: list[float]
-    """Standard deviation over all their pixels, for each channel, 0 to 255."""
+    """Standard deviation over the same pixels, for each channel, 0 to 255."""
 
 
 class Manifest(BaseModel):
@@ -96,11 +115,11 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["styleloom-shards-2"] = "styleloom-shards-2"
-    root: str = ""
+    root: Annotated[str, AfterValidator(_passive)] = ""
     """Folder or URL below which the tars lie; empty: beside this file."""
-    width: int = Field(gt=0)
+    width: int = Field(gt=0, lt=2**14)
     """Pixels."""
-    height: int = Field(gt=0)
+    height: int = Field(gt=0, lt=2**14)
     """Pixels."""
     channels: Literal[1, 3, 4]
     """Grey, RGB or RGBA."""
@@ -124,7 +143,7 @@ class Manifest(BaseModel):
     """Samples in all shards."""
     bytes: int = Field(gt=0)
     """Size of all tars."""
-    reduced: list[str] = []
+    reduced: list[Annotated[str, Field(pattern=r"^[0-9]+x[0-9]+$")]] = []
     """Folders in this one with the same samples, keys and shards at smaller sizes, each a data set of its own."""
     statistics: Statistics | None = None
     shards: list[Shard] = Field(min_length=1)
@@ -147,6 +166,11 @@ class Manifest(BaseModel):
         return len(self.class_names)
 
     @property
+    def foreign(self) -> bool:
+        """Whether others wrote the tars (`prepare --index-only`)."""
+        return self.conform or self.resize == "unknown"
+
+    @property
     def hash(self) -> str:
         """sha256 in hex of the canonical JSON: the identity of the data set, as checkpoints record it.
 
@@ -158,19 +182,32 @@ class Manifest(BaseModel):
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
-    """The manifest of the data set in `folder`.
+    """The manifest of the data set in `folder`: a path, or a remote place as in storage.py.
 
-    Raises ValueError, naming the remedy, if there is none, if `styleloom prepare` has not finished, or if it is
-    unreadable.
+    Raises OSError if a remote one cannot be reached. Raises ValueError, naming the remedy, if there is none, if
+    `styleloom prepare` has not finished, or if it is unreadable.
     """
-    folder = Path(folder)
+    if storage.is_remote(folder):
+        path = storage.join(folder, FILE)
+        try:
+            text = storage.read(path)
+        except FileNotFoundError as error:
+            raise ValueError(f"there is no data set at {storage.shown(os.fspath(folder))}: {error}") from None
+        return _parse_manifest(text, storage.shown(path), "Copy the data set there anew.")
+    folder = storage.local_path(folder)
     path = folder / FILE
     try:
         text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(_no_manifest(folder)) from None
+    return _parse_manifest(
+        text, path, f"Restore it, or delete {folder} (of tars of others: only {path}) and prepare it again."
+    )
+
+
+def _parse_manifest(text: bytes, path: Path | str, remedy: str) -> Manifest:
     if not text.strip():
-        raise ValueError(f"{path} is empty: restore it, or delete {folder} and prepare it again.")
+        raise ValueError(f"{path} is empty. {remedy}")
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -178,7 +215,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         where = ".".join(map(str, fault["loc"]))
         raise ValueError(
             f"{path} is not a manifest that this version reads ({where + ': ' if where else ''}{fault['msg']}). "
-            f"Restore it, or delete {folder} and prepare it again."
+            f"{remedy}"
         ) from None
 
 
@@ -210,8 +247,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     Raises OSError naming `path` (a full disk, no permission). After any error nothing is left of the new file.
     """
-    # The process id keeps a dying worker of a killed run from writing into its successor's file.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    # Nobody else writes into it: neither a dying worker of a killed run, nor a process of another machine.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -221,7 +258,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is not None:
+        named = getattr(error, "filename", None)  # of another file, if the block was about that
+        if isinstance(error, OSError) and error.errno is not None and named in (None, temporary, str(temporary)):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
 
@@ -238,18 +276,28 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, complaint: str) -> Iterator[None]:
-    """Holds a lock file, or raises ValueError(complaint) if another process does. However a process ends, the system
-    frees its lock. Without effect on Windows."""
+def locked(path: Path, complaint: str, wait: bool = False) -> Iterator[None]:
+    """Holds a lock file; if another process does, waits for it or raises ValueError(complaint).
+
+    However a process ends, the system frees its lock. Without effect on Windows.
+    """
     with open(path, "wb") as file:
         if os.name == "posix":
             import fcntl
 
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise ValueError(complaint) from None
         yield
+
+
+def tar_location(folder: str | os.PathLike[str], manifest: Manifest, shard: Shard) -> str:
+    """Path or URL of a shard's tar. `folder` is where the manifest is: a relative `root` begins there."""
+    root = manifest.root
+    if storage.is_remote(root) or os.path.isabs(root):
+        return storage.join(root, shard.name)
+    return storage.join(folder, posixpath.join(root, shard.name))
 
 
 def load_index(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
@@ -260,19 +308,54 @@ def load_index(folder: str | os.PathLike[str], shard: Shard) -> np.ndarray:
     """
     path = Path(folder) / shard.index
     try:
-        index = np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:
+            return parse_index(file, shard, path, _remedy(folder, shard))
+    except OSError as error:
+        raise ValueError(f"cannot read the index {path} of {shard.name} ({error}). {_remedy(folder, shard)}") from None
+
+
+def index_bytes(shard: Shard) -> int:
+    """Size of a shard's index file: NumPy's header and 8 bytes a number."""
+    return 128 + 8 * INDEX_COLUMNS * shard.count
+
+
+def parse_index(file: BinaryIO, shard: Shard, path: Path, remedy: str) -> np.ndarray:
+    """The index in a file, as `load_index` returns it. path and remedy: for the message.
+
+    Raises ValueError if it is unreadable or does not fit the shard.
+    """
+    try:
+        index = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"cannot read the index {path} of {shard.name} ({error}). {_remedy(folder)}") from None
+        raise ValueError(f"cannot read the index {path} of {shard.name} ({error}). {remedy}") from None
     if index.dtype != np.int64 or index.shape != (shard.count, INDEX_COLUMNS):
         raise ValueError(
             f"the index {path} holds {index.dtype} {list(index.shape)} instead of int64 [{shard.count}, "
             f"{INDEX_COLUMNS}]: "
-            f"it changed after the manifest was written. {_remedy(folder)}"
+            f"it changed after the manifest was written. {remedy}"
         )
     offsets, lengths = index[:, 0], index[:, 1]
     if (offsets < 0).any() or (lengths <= 0).any() or (offsets > shard.bytes - lengths).any():
-        raise ValueError(f"the index {path} points outside {shard.name}. {_remedy(folder)}")
+        raise ValueError(f"the index {path} points outside {shard.name}. {remedy}")
     return index
+
+
+def at_size(
+    folder: str | os.PathLike[str], manifest: Manifest, reduce: int
+) -> tuple[str | os.PathLike[str], Manifest, int]:
+    """(folder, manifest, reduce) of the set to read for images at 1/reduce of the size: the one that was prepared at
+    that size, if there is one, and then nothing is left to reduce. Raises as `read_manifest` does."""
+    name = f"{manifest.width // reduce}x{manifest.height // reduce}"
+    if reduce == 1 or name not in manifest.reduced:
+        return folder, manifest, reduce
+    place = storage.subfolder(folder, name)
+    smaller = read_manifest(place)
+    fields = ("width", "height", "channels", "count", "class_names", "class_counts")
+    expected = manifest.model_copy(update={"width": manifest.width // reduce, "height": manifest.height // reduce})
+    differing = [field for field in fields if getattr(smaller, field) != getattr(expected, field)]
+    if differing:
+        raise ValueError(f"{place} is not the same data set at {name}: its {', '.join(differing)} differ")
+    return place, smaller, 1
 
 
 def content_hash(data: bytes) -> int:
@@ -284,26 +367,27 @@ def content_hash(data: bytes) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def check_shard(folder: str | os.PathLike[str], shard: Shard) -> None:
+def check_shard(folder: str | os.PathLike[str], shard: Shard, tar: str = "") -> None:
     """A check that costs two `stat`, for the start of a training run: the files are there and the tar has its size.
+
+    tar: its path, where it does not lie in `folder`.
 
     Raises ValueError naming the shard and the remedy.
     """
-    folder = Path(folder)
-    path = folder / shard.name
+    folder, path = Path(folder), Path(tar or Path(folder) / shard.name)
     if not path.is_file():
-        raise ValueError(f"{path} is missing, though the manifest lists it. {_remedy(folder)}")
+        raise ValueError(f"{path} is missing, though the manifest lists it. {_remedy(folder, shard)}")
     size = path.stat().st_size
     if size != shard.bytes:
         raise ValueError(
             f"{path} has {size} bytes, the manifest says {shard.bytes}: "
-            f"it changed after the manifest was written. {_remedy(folder)}"
+            f"it changed after the manifest was written. {_remedy(folder, shard)}"
         )
     if not (folder / shard.index).is_file():
-        raise ValueError(f"{folder / shard.index}, the index of {shard.name}, is missing. {_remedy(folder)}")
+        raise ValueError(f"{folder / shard.index}, the index of {shard.name}, is missing. {_remedy(folder, shard)}")
 
 
-def _remedy(folder: str | os.PathLike[str]) -> str:
-    return (
-        f"Restore it, or delete {folder} and prepare it again; styleloom inspect {folder} --verify lists every fault."
-    )
+def _remedy(folder: str | os.PathLike[str], shard: Shard) -> str:
+    foreign = shard.index == f"{shard.name}.npy"  # as `prepare --index-only` calls it; ours have other names
+    what = f"{Path(folder) / FILE} (not the tars)" if foreign else f"{folder}"
+    return f"Restore it, or delete {what} and prepare it again; styleloom inspect {folder} --verify lists every fault."

@@ -1,164 +1,93 @@
 """Shards -> batches, for any rank and any number of worker processes, from any position.
 
 The stream is a permutation, not a process: it has a position (0, 1, 2, ... without end), and which sample stands at a
-position follows from the seed alone. Epoch and place are `divmod(position, count)`; an epoch's shards are permuted, cut
-into windows of `window` shards, and the samples of each window permuted. At a step, rank r of R reads the positions
-start + r, start + r + R, ..., and worker w of n prepares the steps w, w + n, ...: neither ranks nor workers change the
-global batch, every rank has as many samples as any other, and going on from a position needs nothing but its number.
+position follows from the seed alone (order.py). At a step, rank r of R reads the positions start + r, start + r + R,
+..., and worker w of n prepares the steps w, w + n, ...: neither ranks nor workers change the global batch, every rank
+has as many samples as any other, and going on from a position needs nothing but its number.
 
-It is built from webdataset's own stages; only the first one, which reads records by the manifest's index, is ours.
+A sample that cannot be used is replaced by another one, which follows from seed and position too, and reported; its
+neighbours stay where they are.
+
+It is built from webdataset's own stages; only the first one, which reads samples by the manifest's index, is ours.
 """
 
 import atexit
-import functools
+import contextlib
+import heapq
 import itertools
 import os
 import signal
 import weakref
-from collections.abc import Generator, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.compat import WebLoader
-from webdataset.filters import batched, pipelinefilter
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset.filters import map as map_samples
+from webdataset.filters import pipelinefilter
 from webdataset.pipeline import DataPipeline
-from webdataset.tariterators import group_by_keys
 
-from .decode import decode
-from .manifest import Manifest, load_index
+from . import storage
+from .batch import CONTEXT, PREFETCH, Assembler, Bad, Slots, View, is_mirrored, make_view, told
+from .cache import Prefetcher
+from .decode import decode_on_device
+from .manifest import Manifest, index_bytes
+from .order import Order
+from .reader import Reader
 
-SHARDS, SAMPLES, FLIPS = range(3)  # what a stream of random words is for
-
-
-def random_words(seed: int, purpose: int, *counter: int, n: int) -> np.ndarray:
-    """uint64 [n], a pure function of its arguments. (Philox: Salmon et al. 2011, "Parallel random numbers".)"""
-    a, b = (*counter, 0, 0)[:2]
-    return np.random.Philox(key=[seed, purpose], counter=[0, 0, a, b]).random_raw(n)
-
-
-def permutation(seed: int, purpose: int, *counter: int, n: int) -> np.ndarray:
-    """A permutation of range(n). By sorting words, because NumPy keeps Philox's words the same across its versions
-    but makes no such promise for `Generator.permutation`."""
-    return np.argsort(random_words(seed, purpose, *counter, n=n), kind="stable")
-
-
-class Order:
-    """Which sample stands at which position.
-
-    Args:
-        counts: samples of each shard.
-        seed: of the permutations, 0 to 2**64 - 1.
-        window: shards that are mixed with one another.
-    """
-
-    def __init__(self, counts: list[int], seed: int, window: int) -> None:
-        self.counts, self.seed, self.window = np.asarray(counts, dtype=np.int64), seed, window
-        self.total = int(self.counts.sum())
-        self.epoch = functools.lru_cache(maxsize=2)(self._epoch)
-        self.mixed = functools.lru_cache(maxsize=2)(self._mixed)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"counts": self.counts.tolist(), "seed": self.seed, "window": self.window}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
-
-    def __call__(self, position: int) -> tuple[int, int]:
-        """Position (0 or more) -> (shard, row in it)."""
-        epoch, place = divmod(position, self.total)
-        _, ends = self.epoch(epoch)
-        window = int(np.searchsorted(ends, place, side="right"))
-        shards, starts, order = self.mixed(epoch, window)
-        sample = order[place - (int(ends[window - 1]) if window else 0)]
-        which = int(np.searchsorted(starts, sample, side="right")) - 1
-        return int(shards[which]), int(sample - starts[which])
-
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(shards in this epoch's order, number of samples up to the end of each window)."""
-        shards = permutation(self.seed, SHARDS, epoch, n=len(self.counts))
-        ends = np.cumsum(self.counts[shards])
-        return shards, np.append(ends[self.window - 1 : -1 : self.window], ends[-1])
-
-    def _mixed(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(the window's shards, the first sample of each, the order of all their samples)."""
-        shards = self.epoch(epoch)[0][window * self.window : (window + 1) * self.window]
-        ends = np.cumsum(self.counts[shards])
-        order = permutation(self.seed, SAMPLES, epoch, window, n=int(ends[-1]))
-        return shards, ends - self.counts[shards], order
+LEAST_SEEN = 1000  # samples: the share of bad ones is one of at least so many
 
 
 class Records(IterableDataset):
-    """webdataset's first stage: the records of this rank's (and this worker's) samples, read by the index.
+    """webdataset's first stage: the samples of this rank and worker, read by the index, a list for each batch.
 
-    Yields `{fname, data, __url__}` for the image and for the label of a sample, then `{}`, which ends the sample. The
-    position serves as the key.
+    A sample is `{"__key__": position, "__url__": shard, "row": row in it, "data": encoded image, "cls": label, "fault":
+    why these two are missing}`.
     """
 
     def __init__(
-        self, folder: str, manifest: Manifest, order: Order, start: int, batch: int, rank: int, world: int
+        self, reader: Reader, order: Order, start: int, batch: int, rank: int, world: int, prefetch: bool
     ) -> None:
-        self.folder, self.manifest, self.order = Path(folder), manifest, order
-        self.start, self.batch, self.rank, self.world = start, batch, rank, world
+        self.reader, self.order, self.start, self.batch = reader, order, start, batch
+        self.rank, self.world, self.prefetch = rank, world, prefetch
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        open_shard = functools.lru_cache(maxsize=2 * self.order.window)(self._open)
-        for step in itertools.count(worker, workers):
-            first = self.start + step * self.batch
-            for position in range(first + self.rank, first + self.batch, self.world):
-                shard, row = self.order(position)
-                tar, index = open_shard(shard)
-                yield from self._sample(position, self.manifest.shards[shard].name, tar, index[row])
-                yield {}
+        prefetcher = Prefetcher(self.reader.cache) if self.reader.cache and self.prefetch and worker == 0 else None
+        try:
+            at = None
+            for step in itertools.count(worker, workers):
+                first, samples = self.start + step * self.batch, []
+                for position in range(first + self.rank, first + self.batch, self.world):
+                    epoch, window, _ = self.order.window_of(position)
+                    if at != (epoch, window):
+                        at = (epoch, window)
+                        self._enter(epoch, window, prefetcher)
+                    samples.append(self._sample(position))
+                yield samples
+        finally:
+            if prefetcher:
+                prefetcher.close()
 
-    def _open(self, shard: int) -> tuple["_File", np.ndarray]:
-        entry = self.manifest.shards[shard]
-        return _File(self.folder / entry.name), load_index(self.folder, entry)
+    def _enter(self, epoch: int, window: int, prefetcher: Prefetcher | None) -> None:
+        """Closes the shards of the window before, and has those of this one and of the next fetched."""
+        now = self.order.shards_of(epoch, window).tolist()
+        self.reader.keep(now)
+        if prefetcher:
+            soon = self.order.shards_of(epoch, window + 1).tolist()
+            prefetcher.want(file for shard in (*now, *soon) for file in self.reader.files(shard))
 
-    def _sample(self, position: int, url: str, tar: "_File", row: np.ndarray) -> Iterator[dict[str, Any]]:
-        offset, length, label, _ = map(int, row)
-        data = os.pread(tar.fd, length, offset)
-        if len(data) != length:
-            raise ValueError(f"{tar.path} ends before the image at byte {offset}: {REMEDY}")
-        yield {"fname": f"{position}.{self.manifest.codec}", "data": data, "__url__": url}
-        yield {"fname": f"{position}.cls", "data": label, "__url__": url}
-
-
-REMEDY = "it changed since it was prepared. `styleloom inspect DATASET --verify` lists what is wrong; prepare it again."
-
-
-class _File:
-    """A file descriptor that is closed with its last reference."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.fd = path, os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "fd"):
-            os.close(self.fd)
-
-
-def _decoded(sample: dict[str, Any], manifest: Manifest, seed: int, mirror: bool) -> tuple[np.ndarray, int]:
-    try:
-        image = decode(sample[manifest.codec], manifest.codec, manifest.channels)
-    except ValueError as error:
-        raise ValueError(f"{sample['__url__']}, position {sample['__key__']}: {error}: {REMEDY}") from None
-    if image.shape != (manifest.channels, manifest.height, manifest.width):
-        raise ValueError(f"{sample['__url__']} holds an image of shape {image.shape}: {REMEDY}")
-    if mirror and random_words(seed, FLIPS, int(sample["__key__"]), n=1)[0] & 1:
-        image = image[:, :, ::-1]
-    return image, sample["cls"]
-
-
-def _collate(samples: list[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*samples, strict=True)
-    return torch.from_numpy(np.stack(images)), torch.tensor(labels, dtype=torch.int64)
+    def _sample(self, position: int) -> dict[str, Any]:
+        shard, row = self.order(position)
+        sample = {"__key__": position, "__url__": shard, "row": row, "fault": ""}
+        try:
+            sample["data"], sample["cls"] = self.reader.read(shard, row)
+        except ValueError as error:
+            sample["fault"] = str(error)
+        return sample
 
 
 def _errors_as_items(batches: Iterable[Any]) -> Iterator[Any]:
@@ -175,6 +104,35 @@ def _worker_init(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+@dataclass
+class Limit:
+    """Counts bad samples; raises ValueError when they are too many."""
+
+    share: float
+    """Bad samples, of those seen (counted as LEAST_SEEN at least), above which it stops."""
+    report: Callable[[Bad], None] | None
+    seen: int = 0
+    bad: int = 0
+
+    def count(self, n: int, bad: list[Bad]) -> None:
+        self.seen += n
+        for each in bad:
+            self.bad += 1
+            if self.report:
+                self.report(each)
+        if bad:
+            check_share(self.bad, self.seen, self.share, bad[-1])
+
+
+def check_share(bad: int, seen: int, share: float, last: Bad) -> None:
+    """Raises ValueError if too many samples are bad: more than `share` of those seen, or of LEAST_SEEN at least."""
+    if bad > share * max(seen, LEAST_SEEN):
+        raise ValueError(
+            f"{bad} of {seen} samples could not be used, more than the share of {share:g} that data.max_bad allows. "
+            f"The last: {told(last)}"
+        )
+
+
 def batches(
     folder: str | os.PathLike[str],
     manifest: Manifest,
@@ -185,58 +143,119 @@ def batches(
     rank: int = 0,
     world: int = 1,
     mirror: bool = False,
+    labelled: bool = False,
+    reduce: int = 1,
+    decode: bool = True,
+    device: torch.device | str | None = None,
     workers: int = 0,
     window: int = 16,
     pin_memory: bool = False,
-) -> Generator[tuple[Tensor, Tensor], None, None]:
+    cache: tuple[str, int] | None = None,
+    prefetch: bool = True,
+    max_bad: float = 0.0,
+    report_bad: Callable[[Bad], None] | None = None,
+) -> Generator[tuple[Any, Tensor], None, None]:
     """This rank's share of each global batch, without end.
 
     Args:
+        folder: of the manifest: a path, or a remote place as in storage.py.
         start: position of the first sample of the first batch.
         batch: samples of a global batch; a multiple of `world`.
         mirror: flip about half of the samples left to right, which ones following from seed and position.
+        labelled: labels matter: a sample without a valid one is a bad one.
+        reduce: deliver images at 1/2, 1/4, ... of the data set's size.
+        decode: False delivers the images as they are stored, as a list of bytes, without flips.
+        device: decode there, a batch at a time (JPEG on a GPU); by default on the CPU, in the workers.
         workers: processes that read and decode; 0 does it here.
         window: shards that are mixed with one another.
+        cache: for remote shards, (folder, bytes that it may hold).
+        prefetch: fetch the next window's remote shards in the background (one process a node should).
+        max_bad: share of this process's samples that may be unusable and replaced; above it the stream ends.
+        report_bad: is told of each bad sample, in this process.
 
     Yields:
-        (images uint8 [batch / world, C, H, W], labels int64 [batch / world], -1 without labels).
+        (images uint8 [batch / world, C, H, W] in channels-last memory, labels int64 [batch / world], -1 without).
 
     Raises:
-        ValueError: a shard is not what the manifest says, or an image in it does not decode.
+        ValueError: too many samples are not what the manifest says or do not decode; the options do not fit the set.
+        OSError: reading failed: this machine's disk, or a remote shard that could not be had.
     """
     if batch % world:
         raise ValueError(f"a batch of {batch} images does not divide among {world} processes")
-    records = Records(
-        os.fspath(folder), manifest, Order([s.count for s in manifest.shards], seed, window), start, batch, rank, world
+    reader = Reader(os.fspath(folder), manifest, checked_cache(folder, manifest, window, cache))
+    order = Order([s.count for s in manifest.shards], seed, window)
+    if device is not None:
+        check_decodes_on_device(manifest, reduce)
+    view = make_view(manifest, reduce, labelled, mirror, encoded=not decode or device is not None)
+    view = replace(view, for_device=device is not None)
+    slots = (
+        Slots(workers, (batch // world, view.height, view.width, view.channels))
+        if workers and not view.encoded
+        else None
     )
     pipeline = DataPipeline(
-        records,
-        pipelinefilter(group_by_keys)(),
-        map_samples(functools.partial(_decoded, manifest=manifest, seed=seed, mirror=mirror)),
-        batched(batch // world, collation_fn=_collate, partial=False),
+        Records(reader, order, start, batch, rank, world, prefetch),
+        map_samples(Assembler(reader, order, view, slots)),
         pipelinefilter(_errors_as_items)(),
     )
-    loader = WebLoader(
+    loader = DataLoader(
         pipeline,
         batch_size=None,
         num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
+        multiprocessing_context=CONTEXT if workers else None,
         worker_init_fn=_worker_init,
     )
-    stream = _items(loader)
+    stream = _items(loader, Limit(max_bad, report_bad), slots, pin_memory)
+    if decode and device is not None:
+        stream = _decoded(stream, view, torch.device(device), seed, range(start + rank, start + batch, world), batch)
     # Without this, a program that ends in the middle of a stream would wait for ever for workers that ignore SIGTERM.
     reference = weakref.ref(stream)
     atexit.register(lambda: (alive := reference()) and alive.close())
     return stream
 
 
-def _items(loader: Iterable[Any]) -> Generator[Any, None, None]:
+def check_decodes_on_device(manifest: Manifest, reduce: int) -> None:
+    """Raises ValueError if the images are not such that a device can decode whole batches of them."""
+    if manifest.codec != "jpeg" or manifest.conform or reduce > 1:
+        raise ValueError("only JPEG images of the size that is asked for can be decoded on a GPU: leave it to the CPU")
+
+
+def checked_cache(
+    folder: str | os.PathLike[str], manifest: Manifest, window: int, cache: tuple[str, int] | None
+) -> tuple[str, int] | None:
+    """The cache, if it is needed. Raises ValueError if it is not given, or cannot hold two windows."""
+    if not storage.is_remote(folder) and not storage.is_remote(manifest.root):
+        return None
+    if cache is None:
+        raise ValueError(
+            f"{storage.shown(os.fspath(folder))} is read through a cache on this node: give its folder and size"
+        )
+    needed = sum(heapq.nlargest(2 * window, (shard.bytes + index_bytes(shard) for shard in manifest.shards)))
+    if cache[1] < needed:
+        raise ValueError(
+            f"two windows of {window} shards take {needed / 1e9:.2f} GB, the cache holds {cache[1] / 1e9:.2f} GB: "
+            "raise --data.cache-gb, or lower --data.window"
+        )
+    return cache
+
+
+def _items(loader: DataLoader, limit: Limit, slots: Slots | None, pin: bool) -> Generator[Any, None, None]:
+    iterator = iter(loader)
+    workers = list(getattr(iterator, "_workers", ()))
     try:
-        for item in loader:
+        for item in iterator:
             if isinstance(item, Exception):
                 raise item
-            yield item
+            images, labels, bad = item
+            if isinstance(images, int):
+                assert slots is not None
+                images = slots.slot(images).permute(0, 3, 1, 2)
+                images = torch.empty_like(images, pin_memory=pin).copy_(images)
+            elif pin and isinstance(images, Tensor):
+                images = images.pin_memory()
+            limit.count(len(labels), bad)
+            yield images, labels
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -244,3 +263,36 @@ def _items(loader: Iterable[Any]) -> Generator[Any, None, None]:
             f"a process that reads data was killed ({str(error).splitlines()[0]}). Where memory or /dev/shm is short, "
             "fewer --data.workers help."
         ) from None
+    finally:
+        _end(iterator, workers)
+
+
+def _end(iterator: Any, workers: list[Any]) -> None:
+    """Ends the workers. Those in the midst of a fetch do not hear torch's wish, and ignore SIGTERM: they are killed,
+    which leaves nothing behind that the cache does not clear away."""
+    if not workers:
+        return
+    with contextlib.suppress(RuntimeError):  # of one that was killed before
+        iterator._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+            worker.join()
+
+
+def _decoded(
+    stream: Generator[Any, None, None], view: View, device: torch.device, seed: int, positions: range, batch: int
+) -> Generator[Any, None, None]:
+    """The encoded images of a stream decoded on a device, a batch at a time, and flipped."""
+    try:
+        for step, (data, labels) in enumerate(stream):
+            images = decode_on_device(data, view.channels, device)
+            if images.shape[2:] != (view.height, view.width):
+                raise ValueError(f"images of {images.shape[3]}x{images.shape[2]}, not {view.width}x{view.height}")
+            if view.mirror:
+                flips = [is_mirrored(seed, position + step * batch) for position in positions]
+                mask = torch.tensor(flips, device=device)[:, None, None, None]
+                images = torch.where(mask, images.flip(3), images)
+            yield images, labels
+    finally:
+        stream.close()

@@ -1,6 +1,7 @@
 """`styleloom doctor`: what this machine has, which path each op takes and why; builds the native ops ahead of time."""
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -16,6 +17,7 @@ import torch
 import torch.distributed
 import tyro
 
+from styleloom.datasets.decode import decoders
 from styleloom.ops import build, toolchain
 from styleloom.scripts.cli import parse, run
 
@@ -76,6 +78,8 @@ def examine() -> dict[str, Any]:
         "cache": _cache(),
         "mode": os.environ.get("STYLELOOM_OPS", "auto"),
         "ops": ops,
+        "decoders": decoders(),
+        "storage": _storage(),
         "backends": _backends(),
         "accelerate": _version("accelerate"),
         "deepspeed": _version("deepspeed"),
@@ -101,6 +105,8 @@ def describe(facts: dict[str, Any]) -> str:
         ("cache", f"{cache['folder']}, {libraries}, {cache['megabytes']} MB, {cache['state']}"),
         ("STYLELOOM_OPS", facts["mode"]),
         *((f"ops on {kind}", _describe_route(route)) for kind, route in facts["ops"].items()),
+        ("decoders", ", ".join(f"{codec}: {library}" for codec, library in facts["decoders"].items())),
+        ("shards from", ", ".join(f"{name} ({why})" if why else name for name, why in facts["storage"].items())),
         ("backends", ", ".join(name for name, there in facts["backends"].items() if there) or "none"),
         ("accelerate", facts["accelerate"]),
         ("deepspeed", facts["deepspeed"]),
@@ -202,6 +208,16 @@ def _cache() -> dict[str, Any]:
         state = f"cannot be written ({error.strerror})"
     size = sum(file.stat().st_size for file in files)
     return {"folder": str(folder), "libraries": len(files), "megabytes": round(size / 1e6, 1), "state": state}
+
+
+def _storage() -> dict[str, str]:
+    """Kinds of places that shards can be read from, and what is missing for it."""
+    packages = {"s3://": ("s3fs", "s3"), "gs://": ("gcsfs", "gs"), "hf://": ("huggingface_hub", "hf")}
+    missing = {
+        scheme: "" if importlib.util.find_spec(package) else f"missing: pip install 'styleloom[{extra}]'"
+        for scheme, (package, extra) in packages.items()
+    }
+    return {"folders": "", "http(s)://": "", "pipe:": "", **missing}
 
 
 def _backends() -> dict[str, bool]:

@@ -1,5 +1,6 @@
 """What the tests share: tiny shard sets, a tiny run, commands called in this process, launches of several processes."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -129,6 +130,41 @@ def _shards(pictures: Path, name: str, labels: str, shard_images: int) -> Path:
         open_source(pictures, labels), folder, width=SIDE, height=SIDE, shard_images=shard_images, progress=False
     )  # fmt: skip
     return folder
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """faulty.py's `serve(folder, faults)`: an HTTP server that misbehaves."""
+    spec = importlib.util.spec_from_file_location("faulty", Path(__file__).with_name("faulty.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.serve
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """The URL of a server of S3's protocol on loopback."""
+    server = pytest.importorskip("moto.server", reason="moto is not installed").ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """A client of that server, which has one bucket, "bucket"; s3:// leads there."""
+    boto3 = pytest.importorskip("boto3")
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_server, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="bucket")
+    return client
 
 
 @pytest.fixture(scope="session")

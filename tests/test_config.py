@@ -126,6 +126,8 @@ def test_free_fields_exist_and_may_change():
         "preset": "other",
         "data.path": "elsewhere",
         "data.verify": "hash",
+        "data.cache": "there",
+        "data.max_bad": 0.5,
         "out": "there",
         "passes": 2,
         "recompute": True,

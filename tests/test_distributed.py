@@ -32,7 +32,7 @@ def test_named_sums_count_what_a_rank_lacks_as_zero(sums):
 
 
 def test_any_is_the_same_on_all_ranks(sums):
-    assert sums["any"] == [False, True, True, True]
+    assert sums["totals"] == [1, 5, 0]
 
 
 def test_objects_are_gathered_in_the_order_of_the_ranks(sums):
@@ -42,7 +42,7 @@ def test_objects_are_gathered_in_the_order_of_the_ranks(sums):
 def test_a_team_of_one():
     team = Team()
     assert (team.rank, team.world, team.main) == (0, 1, True)
-    assert [team.any(True), team.any(False)] == [True, False]
+    assert team.totals(True, 2.5, 0) == [1, 2.5, 0]
     x = torch.ones(3)
     assert team.sum_(x) is x
     assert team.sum_named({"x": x})["x"] is x

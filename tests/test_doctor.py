@@ -12,7 +12,7 @@ from styleloom.ops import build, toolchain
 from styleloom.scripts import doctor
 
 ROWS = ["styleloom", "python", "torch", "driver", "CPU", "c++", "nvcc", "ninja", "cache", "STYLELOOM_OPS"]
-ROWS += ["ops on cpu", "ops on cuda", "backends", "accelerate", "deepspeed"]
+ROWS += ["ops on cpu", "ops on cuda", "decoders", "shards from", "backends", "accelerate", "deepspeed"]
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None or os.name != "posix", reason="no C++ compiler")
 

@@ -17,6 +17,7 @@ from styleloom.datasets.manifest import (
     content_hash,
     load_index,
     read_manifest,
+    tar_location,
     write_manifest,
 )
 
@@ -78,6 +79,14 @@ def test_the_hash_depends_on_the_content_and_not_on_the_layout(folder):
         (lambda text: text.replace("shard-000000.tar", "/etc/secret.tar"), "shards.0.name"),
         (lambda text: text.replace("shard-000000.tar", "pipe:rm -r x.tar"), "shards.0.name"),
         (lambda text: text.replace("shard-000000.npy", "a/../../b.npy"), "shards.0.index"),
+        (lambda text: text.replace('"root": ""', '"root": "pipe:rm -r {}"'), "root.*tars are in a folder or at"),
+        (lambda text: text.replace('"root": ""', '"root": "reference://x::http://evil"'), "root.*tars are in a folder"),
+        (lambda text: text.replace('"root": ""', '"root": "https://x::file:///y"'), "root.*tars are in a folder"),
+        (lambda text: text.replace('"root": ""', '"root": "ftp://host"'), "root.*tars are in a folder or at"),
+        (lambda text: text.replace("shard-000000.tar", "a/b::file:///x.tar"), "shards.0.name"),
+        (lambda text: text.replace('"width": 8', f'"width": {2**30}'), "width"),
+        (lambda text: text.replace('"bytes": 10240', f'"bytes": {10**30}'), "bytes"),
+        (lambda text: text.replace('"count": 2', f'"count": {10**9}'), "do not hold 1000000000 samples"),
         (lambda text: text.replace('"class_counts": [\n  2', '"class_counts": [\n  3'), "add up to more"),
     ],
 )
@@ -114,6 +123,34 @@ def test_check_shard(folder):
     (folder / SHARD.index).unlink()
     with pytest.raises(ValueError, match=r"shard-000000.npy, the index of shard-000000.tar, is missing"):
         check_shard(folder, SHARD)
+
+
+@pytest.mark.parametrize(
+    ("folder", "root", "location"),
+    [
+        ("/sets/mine", "", "/sets/mine/shard-000000.tar"),
+        ("mine", "", "mine/shard-000000.tar"),
+        ("/sets/mine", "../theirs", "/sets/mine/../theirs/shard-000000.tar"),
+        ("/sets/mine", "/theirs/tars", "/theirs/tars/shard-000000.tar"),
+        ("/sets/mine", "https://example.org/set", "https://example.org/set/shard-000000.tar"),
+        ("/sets/mine", "s3://bucket/set/", "s3://bucket/set/shard-000000.tar"),
+        ("s3://bucket/set", "", "s3://bucket/set/shard-000000.tar"),
+        ("/sets/mine", "https://example.org/my set?key=1", "https://example.org/my set/shard-000000.tar?key=1"),
+        ("s3://bucket/set", "tars", "s3://bucket/set/tars/shard-000000.tar"),
+    ],
+)
+def test_where_a_tar_lies(folder, root, location):
+    manifest = MANIFEST.model_copy(update={"root": root})
+    assert tar_location(folder, manifest, SHARD) == location
+
+
+def test_nobody_is_advised_to_delete_the_tars_of_others(folder):
+    """In place, the data set's folder is theirs."""
+    shard = SHARD.model_copy(update={"index": f"{SHARD.name}.npy"})
+    with pytest.raises(ValueError, match=r"shard-000000\.tar\.npy.* delete .*/manifest\.json \(not the tars\)"):
+        check_shard(folder, shard)
+    with pytest.raises(ValueError, match=r"shard-000000\.tar\.npy.* delete .*/manifest\.json \(not the tars\)"):
+        load_index(folder, shard)
 
 
 def test_load_index(folder):

@@ -1,20 +1,30 @@
 """datasets/stream.py: every sample once an epoch, the same global batches for any ranks and workers, from anywhere."""
 
-import itertools
+import hashlib
+import io
 import multiprocessing
+import re
 import shutil
 import subprocess
 import time
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from PIL import Image
+from torch.utils.data import get_worker_info
 
-from styleloom.datasets.manifest import load_index, read_manifest
+from styleloom.datasets.batch import Bad, Slots
+from styleloom.datasets.decode import decode
+from styleloom.datasets.manifest import content_hash, load_index, read_manifest, write_manifest
+from styleloom.datasets.order import Order
+from styleloom.datasets.pictures import Form, conform
+from styleloom.datasets.reader import Reader
 from styleloom.datasets.shards import prepare
 from styleloom.datasets.sources import open_source
-from styleloom.datasets.stream import Order, batches
+from styleloom.datasets.stream import batches
 
 COUNT = 42
 
@@ -48,53 +58,6 @@ def rows(batches) -> list[bytes]:
 @pytest.fixture
 def damaged(unlabelled, tmp_path):
     return shutil.copytree(unlabelled, tmp_path / "damaged")
-
-
-# The order
-
-
-@pytest.mark.parametrize("counts", [[1], [7], [3, 1, 5, 2, 9, 4], [1] * 20, [100, 1]])
-@pytest.mark.parametrize("window", [1, 2, 3, 16])
-def test_each_epoch_has_every_sample_once(counts, window):
-    order, total = Order(counts, seed=3, window=window), sum(counts)
-    samples = sorted((shard, row) for shard, count in enumerate(counts) for row in range(count))
-    for epoch in (0, 1, 12345):
-        assert sorted(map(order, range(epoch * total, (epoch + 1) * total))) == samples
-
-
-def test_a_window_of_shards_is_used_up_before_the_next_begins():
-    order = Order([4] * 6, seed=0, window=2)
-    shards = [order(position)[0] for position in range(24)]
-    for start in (0, 8, 16):
-        assert len(set(shards[start : start + 8])) == 2
-    assert len(set(shards[:4])) == 2  # mixed, not one after the other
-
-
-def test_the_order_is_the_published_one():
-    """A run resumes years later, with another NumPy. These numbers must never change."""
-    order = Order([3, 5, 2, 4], seed=7, window=2)
-    assert [order(position) for position in range(14)] == [
-        (1, 3), (1, 1), (3, 1), (1, 2), (3, 0), (1, 4), (3, 3),
-        (1, 0), (3, 2), (0, 0), (2, 0), (0, 2), (2, 1), (0, 1),
-    ]  # fmt: skip
-    assert [order(position) for position in (14, 15, 16, 10**12, 10**12 + 1)] == [
-        (3, 2), (3, 1), (3, 0), (3, 2), (3, 3),
-    ]  # fmt: skip
-    assert [Order([1000], seed=2**63 - 1, window=16)(position)[1] for position in range(6)] == [
-        431,
-        450,
-        396,
-        510,
-        705,
-        646,
-    ]
-
-
-def test_seeds_and_epochs_differ():
-    orders = [[Order([20, 20], seed, 2)(position) for position in range(120)] for seed in (0, 1)]
-    epochs = [order[start : start + 40] for order in orders for start in (0, 40, 80)]
-    for a, b in itertools.combinations(epochs, 2):
-        assert a != b
 
 
 # The batches
@@ -152,41 +115,268 @@ def test_a_batch_that_does_not_divide_is_refused(unlabelled):
         batches(unlabelled, read_manifest(unlabelled), seed=0, start=0, batch=10, rank=0, world=4)
 
 
-# Faults
+# Bad samples
+
+
+@pytest.fixture
+def spoil(damaged):
+    """(shard, row, how) -> spoils a sample; how: (the tar as a bytearray, offset, length) -> None."""
+
+    def spoil(number: int, row: int, how) -> str:
+        shard = read_manifest(damaged).shards[number]
+        offset, length = map(int, load_index(damaged, shard)[row, :2])
+        tar = bytearray((damaged / shard.name).read_bytes())
+        how(tar, offset, length)
+        (damaged / shard.name).write_bytes(tar)
+        return shard.name
+
+    return spoil
+
+
+def flip_a_bit(tar: bytearray, offset: int, length: int) -> None:
+    tar[offset + length // 2] ^= 4
+
+
+def positions_of(folder, shard: int, row: int, until: int, **options) -> list[int]:
+    options = {"seed": 5, "window": 2, **options}
+    order = Order([s.count for s in read_manifest(folder).shards], options["seed"], options["window"])
+    return [position for position in range(until) if order(position) == (shard, row)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_truncated_shard_names_itself_and_the_remedy(damaged, workers):
-    name = read_manifest(damaged).shards[3].name
-    with open(damaged / name, "r+b") as file:
-        file.truncate(3000)
-    with pytest.raises(ValueError, match=rf"{name} ends before the image.*inspect.*prepare it again"):
-        take(damaged, 8, workers=workers)
+def test_a_bad_sample_is_replaced_and_its_neighbours_stay(unlabelled, damaged, spoil, workers):
+    name = spoil(1, 4, flip_a_bit)
+    told: list[Bad] = []
+    whole = torch.cat([images for images, _ in take(unlabelled, 8)])
+    found = torch.cat([images for images, _ in take(damaged, 8, workers=workers, max_bad=0.5, report_bad=told.append)])
+    positions = positions_of(damaged, 1, 4, len(whole))
+    assert len(positions) in (2, 3)  # in 96 positions of 42 samples
+    assert [each.position for each in told] == positions
+    for each in told:
+        assert (each.shard, each.row, each.key) == (name, 4, "00000013.png")
+        assert each.reason == "its bytes are not those that were indexed"
+        shard, row = each.substitute.split(":")
+        assert (shard, int(row)) != (name, 4)
+    differing = [i for i in range(len(whole)) if not torch.equal(whole[i], found[i])]
+    assert differing == positions
+    known = {image.tobytes() for image in whole.numpy()}
+    assert all(found[i].numpy().tobytes() in known for i in positions)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_corrupt_image_names_its_shard_and_the_remedy(damaged, workers):
+def test_the_substitute_depends_on_neither_ranks_nor_workers_nor_the_start(damaged, spoil):
+    for row in range(9):
+        spoil(2, row, flip_a_bit)  # a whole shard: about a fifth of the samples
+    one = take(damaged, 8, max_bad=1.0, mirror=True)
+    assert same(one, take(damaged, 8, max_bad=1.0, mirror=True, world=3, workers=1))
+    assert same(one[5:], take(damaged, 3, start=60, max_bad=1.0, mirror=True, workers=2))
+
+
+SPOILT = {
+    "bit": (flip_a_bit, "its bytes are not those that were indexed"),
+    "zeros": (lambda tar, o, n: tar.__setitem__(slice(o, o + n), bytes(n)), "its bytes are not"),
+    "cut in the image": (lambda tar, o, n: tar.__delitem__(slice(o + n // 2, None)), "the tar ends before its image"),
+    "cut in the header": (lambda tar, o, n: tar.__delitem__(slice(o - 100, None)), "the tar ends before its image"),
+    "a byte too many": (lambda tar, o, n: tar.insert(o - 600, 0), "its bytes are not"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_what_is_wrong_is_said(damaged, spoil, how):
+    act, reason = SPOILT[how]
+    name = spoil(3, 2, act)
+    with pytest.raises(ValueError, match=rf"data.max_bad allows. The last: {name}, row \d.*: {reason}.*--verify"):
+        take(damaged, 20, window=16)
+
+
+def reindex(folder, number: int, change) -> None:
+    """Lets `change` the index of a shard, and the manifest name what came of it: as if it had always been so."""
+    manifest = read_manifest(folder)
+    shard = manifest.shards[number]
+    index = load_index(folder, shard)
+    change(index)
+    np.save(folder / shard.index, index)
+    sha256 = hashlib.sha256((folder / shard.index).read_bytes()).hexdigest()
+    shards = [
+        s if i != number else s.model_copy(update={"index_sha256": sha256}) for i, s in enumerate(manifest.shards)
+    ]
+    write_manifest(manifest.model_copy(update={"shards": shards}), folder)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "its image is empty|not a whole PNG"),
+        (b"nonsense" * 20, "not a whole PNG"),
+        ("small", "8x8|size"),
+    ],
+)
+def test_samples_that_were_bad_when_they_were_indexed(damaged, data, reason):
+    """Foreign sets: the bytes are those that were indexed, and no image."""
+    if data == "small":
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(file, "PNG")
+        data = file.getvalue()
     shard = read_manifest(damaged).shards[1]
-    offset, length, *_ = load_index(damaged, shard)[4]
-    with open(damaged / shard.name, "r+b") as file:
-        file.seek(offset + length // 2)
-        file.write(b"garbage")
-    with pytest.raises(ValueError, match=rf"{shard.name}.*not a whole PNG.*inspect.*prepare it again"):
-        take(damaged, 8, workers=workers)
+    tar = bytearray((damaged / shard.name).read_bytes())
+    offset = int(load_index(damaged, shard)[4, 0])
+    tar[offset : offset + max(len(data), 1)] = data or b"\0"
+    (damaged / shard.name).write_bytes(tar)
+    stored = bytes(data or b"\0")
+    reindex(damaged, 1, lambda index: index.__setitem__(4, [offset, len(stored), -1, content_hash(stored)]))
+    told: list[Bad] = []
+    take(damaged, 8, max_bad=0.5, report_bad=told.append)
+    assert {(each.row, each.shard) for each in told} == {(4, shard.name)}
+    assert re.search(reason, told[0].reason), told[0].reason
 
 
-def test_a_missing_index_names_itself_from_a_worker(damaged):
-    shard = read_manifest(damaged).shards[0]
-    (damaged / shard.index).unlink()
-    with pytest.raises(ValueError, match=rf"cannot read the index.*{shard.index}.*prepare it again"):
-        take(damaged, 8, workers=1)
+def test_a_missing_label_is_bad_only_where_labels_matter(labelled, tmp_path):
+    data = shutil.copytree(labelled, tmp_path / "data")
+    reindex(data, 0, lambda index: index.__setitem__((7, 2), -1))
+    told: list[Bad] = []
+    labels = torch.cat([labels for _, labels in take(data, 7, report_bad=told.append)])
+    assert (labels < 0).sum() == 2
+    assert not told
+    labels = torch.cat([labels for _, labels in take(data, 7, labelled=True, max_bad=0.5, report_bad=told.append)])
+    assert (labels >= 0).all()
+    assert [each.reason for each in told] == ["its label is missing"] * 2
 
 
-def test_images_of_another_size_than_the_manifest_says_are_refused(pictures, tmp_path):
-    prepare(open_source(pictures, "none"), tmp_path / "data", width=8, height=8, progress=False)
-    manifest = read_manifest(tmp_path / "data").model_copy(update={"width": 16})
-    with pytest.raises(ValueError, match=r"shard-000000\.tar holds an image of shape \(3, 8, 8\)"):
-        next(batches(tmp_path / "data", manifest, seed=0, start=0, batch=4))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_without_tar_or_index_is_all_bad(damaged, workers):
+    shards = read_manifest(damaged).shards
+    (damaged / shards[0].index).unlink()
+    (damaged / shards[2].index).write_bytes(b"no index")
+    (damaged / shards[4].name).unlink()
+    told: list[Bad] = []
+    take(damaged, 7, window=16, max_bad=1.0, report_bad=told.append, workers=workers)
+    assert {each.shard for each in told} == {shards[i].name for i in (0, 2, 4)}
+    reasons = {each.shard: each.reason for each in told}
+    assert reasons[shards[0].name].endswith(f"{shards[0].index} is missing")
+    assert reasons[shards[2].name] == f"the index {shards[2].index} is not the one that the manifest names"
+    assert reasons[shards[4].name].endswith(f"{shards[4].name} is missing")
+
+
+def test_too_many_bad_samples_end_the_stream(damaged, spoil):
+    for row in range(9):
+        spoil(2, row, flip_a_bit)
+    told: list[Bad] = []
+    with pytest.raises(
+        ValueError, match=r"1\d of \d+ samples could not be used, more than the share of 0.01 that data"
+    ):
+        take(damaged, 50, max_bad=0.01, report_bad=told.append)  # more than 10: a hundredth of the 1000 at least
+    assert 11 <= len(told) < 20  # it is noticed at the end of a batch
+    with pytest.raises(ValueError, match=r"^\d of \d+ samples could not be used"):
+        take(damaged, 50)
+
+
+def test_a_window_without_a_usable_sample_ends_the_stream(damaged):
+    for shard in read_manifest(damaged).shards:
+        (damaged / shard.name).write_bytes(b"")
+    with pytest.raises(ValueError, match="no usable sample among 64 in the window of position 0: shard-"):
+        take(damaged, 1, max_bad=1.0)
+
+
+def test_a_failing_disk_is_no_bad_sample(damaged, monkeypatch):
+    def fail(descriptor, length, offset):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("os.pread", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        take(damaged, 1, max_bad=1.0)
+
+
+# Other sizes and forms
+
+
+def test_reduced(unlabelled):
+    whole = torch.cat([images for images, _ in take(unlabelled, 3, mirror=True)])
+    half = torch.cat([images for images, _ in take(unlabelled, 3, mirror=True, reduce=2)])
+    assert half.shape == (36, 3, 8, 8)
+    mean = torch.nn.functional.avg_pool2d(whole.double(), 2)
+    assert (half.double() - mean).abs().max() <= 0.5
+    with pytest.raises(ValueError, match="16x16 cannot be reduced 3 times"):
+        take(unlabelled, 1, reduce=3)
+    with pytest.raises(ValueError, match="16x16 cannot be reduced 32 times"):
+        take(unlabelled, 1, reduce=32)
+
+
+def test_images_in_another_form_are_brought_into_it(unlabelled, tmp_path):
+    """As sets that others wrote are read; the set's own images, here, which makes the result known."""
+    data = shutil.copytree(unlabelled, tmp_path / "data")
+    manifest = read_manifest(data).model_copy(update={"conform": True, "codec": "mixed", "width": 8, "height": 4})
+    write_manifest(manifest, data)
+    found = torch.cat([images for images, _ in take(data, 2)])
+    whole = torch.cat([images for images, _ in take(unlabelled, 2)])
+    form = Form(8, 4, 3, "png", None, "lanczos", "#ffffff")
+    for a, b in zip(found, whole, strict=True):
+        file = io.BytesIO()
+        Image.fromarray(b.permute(1, 2, 0).numpy()).save(file, "PNG")
+        assert np.array_equal(a.permute(1, 2, 0).numpy(), conform(file.getvalue(), form))
+
+
+def test_encoded(unlabelled):
+    manifest = read_manifest(unlabelled)
+    options: dict[str, Any] = {"seed": 5, "start": 3, "batch": 6, "window": 2}
+    for workers in (0, 1):
+        data, labels = next(batches(unlabelled, manifest, decode=False, workers=workers, **options))
+        images, _ = next(batches(unlabelled, manifest, **options))
+        assert labels.tolist() == [-1] * 6
+        assert [decode(each, "png", 3).tobytes() for each in data] == [image.numpy().tobytes() for image in images]
+
+
+def test_decoded_on_a_device(pictures, tmp_path):
+    prepare(open_source(pictures, "none"), tmp_path / "jpeg", width=16, height=16, codec="jpeg", progress=False)
+    expected = take(tmp_path / "jpeg", 3, mirror=True, world=2)
+    found = take(tmp_path / "jpeg", 3, mirror=True, world=2, workers=1, device="cpu")
+    for (a, _), (b, _) in zip(expected, found, strict=True):
+        assert (a.int() - b.int()).abs().max() <= 4  # another decoder
+    with pytest.raises(ValueError, match="only JPEG images"):
+        take(tmp_path / "jpeg", 1, device="cpu", reduce=2)
+
+
+def test_a_bad_image_for_a_device_is_replaced_too(pictures, tmp_path):
+    data = tmp_path / "jpeg"
+    prepare(open_source(pictures, "none"), data, width=16, height=16, codec="jpeg", progress=False)
+    shard = read_manifest(data).shards[0]
+    offset, length, *_ = map(int, load_index(data, shard)[5])
+    tar = (data / shard.name).read_bytes()
+    cut = tar[offset : offset + length - 2]  # without its end mark
+    reindex(data, 0, lambda index: index.__setitem__(5, [offset, len(cut), -1, content_hash(cut)]))
+    told: list[Bad] = []
+    options: dict[str, Any] = {"max_bad": 0.5, "report_bad": told.append}
+    expected = take(data, 4, **options)
+    found = take(data, 4, device="cpu", **options)
+    assert [each.position for each in told[: len(told) // 2]] == [each.position for each in told[len(told) // 2 :]]
+    assert {(each.row, each.substitute) for each in told} == {(5, each.substitute) for each in told[: len(told) // 2]}
+    for (a, _), (b, _) in zip(expected, found, strict=True):
+        assert (a.int() - b.int()).abs().max() <= 4
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_slot_is_not_filled_again_before_it_was_copied(unlabelled, workers, monkeypatch):
+    """However late the trainer comes for a batch: the workers are as far ahead as they may be."""
+    slot = Slots.slot
+    late = {"turn": 0}
+
+    def slowly(self, number):
+        if get_worker_info() is None:
+            late["turn"] += 1
+            time.sleep(0.05)
+        return slot(self, number)
+
+    expected = take(unlabelled, 16, batch=2)
+    monkeypatch.setattr(Slots, "slot", slowly)
+    assert same(take(unlabelled, 16, batch=2, workers=workers), expected)
+    assert late["turn"] == 16
+
+
+def test_the_images_lie_channels_last(unlabelled):
+    for workers in (0, 1):
+        (images, _), *_ = take(unlabelled, 1, workers=workers)
+        stream = batches(unlabelled, read_manifest(unlabelled), seed=0, start=0, batch=4, workers=workers)
+        images, _ = next(stream)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        stream.close()
 
 
 # The end
@@ -228,3 +418,63 @@ def test_a_program_that_ends_in_the_midst_of_a_stream_does_not_hang(unlabelled, 
         out, err = program.communicate()
     assert "in the midst" in out, err
     assert program.returncode == status
+
+
+# Scale
+
+
+@pytest.fixture(scope="module")
+def huge(tmp_path_factory):
+    """(folder, manifest) of 10^6 samples in 1000 shards, which are all the same file: 1000 images of 2x2."""
+    root = tmp_path_factory.mktemp("huge")
+    (root / "pictures").mkdir()
+    for i in range(1000):
+        colour = (i % 256, i // 256, 0)
+        Image.new("RGB", (2, 2), colour).save(root / "pictures" / f"{i:04d}.png", compress_level=0)
+    prepare(open_source(root / "pictures"), root / "data", width=2, height=2, progress=False)
+    manifest = read_manifest(root / "data")
+    (shard,) = manifest.shards
+    many = {"shards": [shard] * 1000, "count": 10**6, "bytes": 1000 * shard.bytes}
+    return root / "data", manifest.model_copy(update=many)
+
+
+def test_the_first_batch_at_a_billion_opens_what_it_needs(huge, monkeypatch):
+    folder, manifest = huge
+    opened = []
+    monkeypatch.setattr(
+        Reader, "_open", lambda self, number, open_=Reader._open: opened.append(number) or open_(self, number)
+    )
+    stream = batches(folder, manifest, seed=5, start=10**9, batch=8)
+    images, _ = next(stream)
+    order = Order([1000] * 1000, seed=5, window=16)
+    rows = [order(10**9 + i) for i in range(8)]
+    assert [int(x[0, 0, 0]) + 256 * int(x[1, 0, 0]) for x in images] == [row for _, row in rows]
+    assert sorted(opened) == sorted({shard for shard, _ in rows})
+    stream.close()
+
+
+@pytest.mark.parametrize("steps", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_memory_is_flat(huge, steps):
+    """Over 10^5 samples, or all 10^6: 62 windows."""
+    folder, manifest = huge
+    stream = batches(folder, manifest, seed=5, start=0, batch=1000, decode=False)
+    for _ in range(40):
+        next(stream)
+    process = psutil.Process()
+    before, files = process.memory_info().rss, process.num_fds()
+    for _ in range(steps):
+        next(stream)
+    assert process.memory_info().rss - before < 10e6
+    assert process.num_fds() <= files + 1
+    stream.close()
+
+
+def test_what_a_billion_samples_take(huge):
+    """Memory by the shard, not by the sample: here 10^4 shards of 10^5 samples."""
+    _, manifest = huge
+    shards = [manifest.shards[0].model_copy(update={"count": 10**5}) for _ in range(10**4)]
+    big = manifest.model_copy(update={"shards": shards, "count": 10**9})
+    before = psutil.Process().memory_info().rss
+    order = Order([shard.count for shard in big.shards], seed=1, window=1)
+    assert all(0 <= order(position)[1] < 10**5 for position in (0, 10**9 - 1, 10**12))
+    assert psutil.Process().memory_info().rss - before < 20e6

@@ -3,11 +3,15 @@
 import json
 import shutil
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 
 from styleloom.datasets.manifest import load_index, read_manifest
+from styleloom.datasets.shards import prepare
+from styleloom.datasets.sources import open_source
 from styleloom.scripts import cli, train
 from styleloom.training import report
 from styleloom.training.config import PRESETS
@@ -105,11 +109,34 @@ def test_a_shard_that_changed_but_not_in_size(arguments, refused, data, out, ver
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_changed_shard_that_was_not_hashed_is_found_when_read(arguments, refused, data, out, workers):
     name = flip(data)
-    more = ["--data.verify=size", "--total-kimg=9", f"--data.workers={workers}"]
+    more = ["--data.verify=size", "--total-kimg=9", "--data.max-bad=0", f"--data.workers={workers}"]
     complaint = refused(train.main, *arguments(data, out, *more))
     assert name in complaint
-    assert "not a whole PNG image" in complaint
-    assert "prepare it again" in complaint
+    assert "its bytes are not those that were indexed" in complaint
+    assert "--verify` lists what is wrong" in complaint
+
+
+def test_a_bad_sample_is_replaced_counted_and_told(arguments, call, data, out):
+    name = flip(data)
+    more = ["--data.verify=size", "--data.max-bad=0.5", "--total-kimg=0.096"]  # more than two epochs
+    status, text, err = call(train.main, *arguments(data, out, *more))
+    assert status == 0
+    assert err.count(f"{name}, row 2 (00000011.png): its bytes are not those that were indexed") == 1
+    assert err.count("It is replaced.") == 1
+    told = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
+    assert len(told) in (2, 3)
+    assert {(each["shard"], each["row"], each["key"], each["rank"]) for each in told} == {(name, 2, "00000011.png", 0)}
+    ticks = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
+    assert sum(tick["data/replaced"] * 12 for tick in ticks) == pytest.approx(len(told))  # of 12 images a tick
+    assert "OF THE SAMPLES REPLACED" in text
+
+
+def test_too_many_bad_samples_stop_the_run_and_name_the_last(arguments, refused, data, out):
+    name = flip(data)
+    complaint = refused(train.main, *arguments(data, out, "--data.verify=none", "--data.max-bad=0"))
+    assert "1 of " in complaint
+    assert "more than the share of 0 that data.max_bad allows" in complaint
+    assert name in complaint
 
 
 def test_no_labels_for_a_conditional_run(arguments, refused, unlabelled, out):
@@ -294,3 +321,48 @@ def test_any_other_runtime_error_keeps_its_traceback():
 
     with pytest.raises(RuntimeError, match="a defect"):
         cli.run(broken, "train", [])
+
+
+# Other sizes than the data set's
+
+
+def test_reduced(arguments, call, refused, unlabelled, out):
+    assert call(train.main, *arguments(unlabelled, out, "--data.reduce=2"))[0] == 0
+    about = json.loads(next((out / "snapshots").glob("*/snapshot.json")).read_text())
+    assert (about["width"], about["height"]) == (8, 8)
+    complaint = refused(train.main, *arguments(unlabelled, out, "--data.reduce=1"))
+    assert "data.reduce: 2 -> 1" in complaint
+    assert "16x16 cannot be reduced 3 times" in refused(train.main, *arguments(unlabelled, out, "--data.reduce=3"))
+
+
+def test_the_smaller_set_is_taken_where_it_was_prepared(settings, pictures, tmp_path):
+    source = open_source(pictures, "none")
+    prepare(source, tmp_path / "data", width=32, height=32, reduced=[(16, 16)], progress=False)
+    training = Training(settings(tmp_path / "data", "", "--data.reduce=2"), Team())
+    assert (training.width, training.height, training.data.reduce) == (16, 16, 1)
+    assert training.manifest == read_manifest(tmp_path / "data" / "16x16")
+    images, _ = next(training.stream())
+    assert images.shape[2:] == (16, 16)
+    whole = Training(settings(tmp_path / "data", "", "--data.reduce=4"), Team())
+    assert (whole.width, whole.data.reduce, whole.manifest.width) == (8, 4, 32)
+
+
+def test_the_gpu_decoder_needs_a_gpu(arguments, refused, unlabelled, out):
+    assert "needs a CUDA device" in refused(train.main, *arguments(unlabelled, out, "--data.decoder=gpu"))
+    assert not out.exists()
+
+
+def test_a_killed_reader_ends_in_a_line(arguments, python, unlabelled, out):
+    process = python(
+        "-m", "styleloom.scripts.train", *arguments(unlabelled, out, "--total-kimg=99", "--data.workers=1")
+    )
+    give_up = time.monotonic() + 120
+    while not (out / "checkpoints").exists() and time.monotonic() < give_up:
+        time.sleep(0.05)
+    (reader,) = psutil.Process(process.pid).children()
+    reader.kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert "a process that reads data was killed" in err
+    assert len(err.strip().splitlines()) <= 2

@@ -25,7 +25,7 @@ from styleloom.training.trainer import Training
 class Alone:
     """A team of one, for the same work in the same process."""
 
-    rank, world, local_world, main = 0, 1, 1, True
+    rank, world, local_rank, local_world, main = 0, 1, 0, 1, True
     device = torch.device("cpu")
 
     def sum_(self, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def sums(results: Path, team: Team) -> None:
     found = {
         "named": {name: x.tolist() for name, x in team.sum_named(mine).items()},
         "nothing": team.sum_named({}),
-        "any": [team.any(False), team.any(team.rank == 1), team.any(team.rank == 0), team.any(True)],
+        "totals": team.totals(team.rank == 1, 2.5, 0),
         "gathered": team.gather([f"of {team.rank}"]),
         "sum": team.sum_(torch.tensor([1.5, float(team.rank)], dtype=torch.float64)).tolist(),
         "world": [team.world, team.local_world, team.main],

@@ -17,7 +17,10 @@ class Section(BaseModel):
 
 class Data(Section):
     path: str = ""
-    """The data set: a folder made by `styleloom prepare`."""
+    """The data set: a folder made by `styleloom prepare`, or where such a folder was copied to: https://host/set,
+    s3://bucket/set, gs://..., hf://datasets/USER/REPO/set, or pipe:COMMAND with {} for the file's name."""
+    reduce: int = Field(default=1, ge=1)
+    """Train at the data set's size divided by this: 2, 4, 8, ..."""
     mirror: bool = False
     """Show about half of the images flipped left to right."""
     labels: bool = False
@@ -26,8 +29,20 @@ class Data(Section):
     """Processes that read and decode, for each training process; -1: by the number of cores."""
     window: int = Field(default=16, ge=1)
     """Shards that are mixed with one another; memory and randomness grow with it."""
-    verify: Literal["auto", "hash", "size"] = "auto"
-    """What is checked of the shards before training: their sizes, or also their sha256 (auto: all < 2 GiB)."""
+    decoder: Literal["cpu", "gpu"] = "cpu"
+    """Where JPEG images are decoded; gpu: by nvJPEG, whose pixels differ by a little. There an image that is damaged
+    within, which its hash does not show (in sets that others wrote), ends the run instead of being replaced."""
+    max_bad: float = Field(default=0.01, ge=0, le=1)
+    """Share of samples that may be unusable (broken, of another size, without label) and are replaced by others; above
+    it the run stops."""
+    verify: Literal["auto", "hash", "size", "none"] = "auto"
+    """What is checked of local shards before training: their sizes, or also their sha256 (auto: all < 2 GiB). Remote
+    ones are always checked, as they come."""
+    cache: str = ""
+    """Folder on each node for copies of remote shards, best on a disk of its own; by default shards/ in STYLELOOM_CACHE
+    or ~/.cache/styleloom."""
+    cache_gb: float = Field(default=100.0, gt=0)
+    """Bytes that all copies together may take on a node, in 10^9."""
 
 
 class StyleGAN2Network(Section):
@@ -129,8 +144,8 @@ class Run(Section):
 
 # What a run may change when it goes on: how long it lasts, how often it tells, where things lie, what it costs.
 FREE = {
-    "preset", "data.path", "data.workers", "data.verify", "out", "passes", "recompute", "total_kimg", "tick_kimg",
-    "checkpoint_kimg", "snapshot_kimg", "keep_checkpoints",
+    "preset", "data.path", "data.workers", "data.verify", "data.cache", "data.cache_gb", "data.max_bad", "out",
+    "passes", "recompute", "total_kimg", "tick_kimg", "checkpoint_kimg", "snapshot_kimg", "keep_checkpoints",
 }  # fmt: skip
 
 

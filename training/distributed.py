@@ -31,6 +31,7 @@ class Team:
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world)
+        self.local_rank = int(os.environ.get("LOCAL_RANK") or self.rank)
         self.main: bool = self.accelerator.is_main_process
 
     def sum_(self, x: Tensor) -> Tensor:
@@ -39,9 +40,9 @@ class Team:
             return x
         return self.accelerator.reduce(x, "sum")  # type: ignore[return-value]
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process."""
-        return bool(self.sum_(torch.tensor(float(flag), device=self.device)) > 0)
+    def totals(self, *values: float) -> list[float]:
+        """The sum of each value over all processes."""
+        return self.sum_(torch.tensor(values, device=self.device)).tolist()
 
     def sum_named(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums of equally named and shaped tensors; a process without a name counts as zeros."""

@@ -69,7 +69,8 @@ def describe(training: Training) -> list[str]:
     return [
         "The run:",
         json.dumps(run.model_dump(mode="json"), indent=1),
-        f"Data set: {m.count:,} images of {m.width}x{m.height}, {m.channels} channels, {m.classes or 'no'} classes.",
+        f"Data set: {m.count:,} images of {training.width}x{training.height}, {m.channels} channels, "
+        f"{m.classes or 'no'} classes.",
         *(f"{name}: {count(network):,} parameters." for name, network in training.recipe.networks.items()),
         *(
             f"{name}'s optimizer: " + ", ".join(f"{key} {group[key]}" for key in ("lr", "betas", "eps"))

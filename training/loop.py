@@ -21,17 +21,34 @@ from .distributed import Team
 from .trainer import Training
 
 
+class _Woken(BaseException):
+    """A signal, while waiting."""
+
+
 class Stop:
     """Whether SIGTERM or Ctrl-C has come. The first ends training in good order; a second Ctrl-C ends it at once."""
 
     def __enter__(self) -> Self:
-        self.signal = 0
+        self.signal, self.waiting = 0, False
         self.before = {s: signal.signal(s, self._take) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _take(self, number: int, _: FrameType | None) -> None:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.waiting:
+            raise _Woken
+
+    def take(self, items: Iterator[Any], may_break: bool) -> Any | None:
+        """The next item; None if a signal came while it was waited for (shards may take minutes to come), and it
+        `may_break`: a process that others wait for may not."""
+        self.waiting = may_break
+        try:
+            return next(items)
+        except _Woken:
+            return None
+        finally:
+            self.waiting = False
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
@@ -64,16 +81,19 @@ def loop(training: Training, total: int) -> int:
     """Trains up to `total` images; the exit status as in `train`."""
     run, team = training.run, training.team
     writer = start_writing(training, Path(run.out)) if team.main else None
+    training.bad_log = Path(run.out) / f"bad_samples{f'-{team.rank}' if team.rank else ''}.jsonl"
     shown = team.main and sys.stderr.isatty()
     bar = tqdm(total=total, initial=training.nimg, unit="img", disable=not shown, leave=False)
     with Stop() as stop, contextlib.closing(training.stream()) as reals, bar:
         tick = Tick(training)
-        while training.nimg < total and not team.any(bool(stop.signal)):
+        while not training.stopping(stop.signal) and training.nimg < total:
             before = training.nimg
             with tick.adding_to("waited"):
-                images, labels = next(reals)
+                batch = stop.take(reals, may_break=team.world == 1)
+            if batch is None:
+                continue
             with tick.adding_to("worked"):
-                training.step(images, labels)
+                training.step(*batch)
             bar.update(run.batch)
 
             nimg, last = training.nimg, training.nimg >= total
@@ -175,11 +195,13 @@ def tick_text(nimg: int, total: int, timing: dict[str, Any], means: dict[str, fl
     left = report.duration((total - nimg) / 1000 * timing["sec_per_kimg"])
     losses = "  ".join(f"{name[5:]} {value:.3g}" for name, value in means.items() if name.startswith("loss/"))
     bad = sum(value for name, value in means.items() if name.startswith("nonfinite/"))
+    replaced = means.get("data/replaced", 0.0)
     return (
         f"kimg {nimg / 1000:8.1f} / {total / 1000:g}  {timing['sec_per_kimg']:.2f} sec/kimg  "
         f"{timing['images_per_s']:.1f} img/s  data wait {timing['data_wait']:.1%}  {losses}  "
         f"mem {timing['peak_memory_gb']:.1f} GB  ETA {left}"
         + (f"  {bad:.3g} NON-FINITE GRADIENT ELEMENTS A STEP" if bad else "")
+        + (f"  {replaced:.2%} OF THE SAMPLES REPLACED" if replaced else "")
     )
 
 

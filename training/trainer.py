@@ -1,14 +1,22 @@
 """All that trains, as one object: the data set, the recipe with its networks, the average, and how far it has come."""
 
+import contextlib
+import json
+import os
+import sys
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
-from ..datasets.manifest import Manifest, check_shard, read_manifest
-from ..datasets.stream import batches
+from ..datasets.batch import Bad, make_view, told
+from ..datasets.cache import default_folder
+from ..datasets.manifest import Manifest, at_size, check_shard, read_manifest, tar_location
+from ..datasets.storage import is_remote
+from ..datasets.stream import batches, check_decodes_on_device, check_share, checked_cache
 from ..datasets.verify import hash_faults
 from ..datasets.workers import default_workers
 from ..ops.memory import give_back_freed_memory, keep_freed_memory
@@ -19,6 +27,7 @@ from .draws import Draws
 from .phases import Batch, Phase, own_rows, run_phase
 
 HASHED_BELOW = 2 * 2**30  # bytes of shards that `data.verify` auto re-hashes at the start of a run
+TOLD = 20  # replaced samples that are told of on stderr; all are written down
 PATIENCE = 10  # runs of a phase in a row with non-finite gradients, after which training stops
 
 
@@ -27,7 +36,9 @@ class Training:
 
     def __init__(self, run: Run, team: Team) -> None:
         self.run, self.team = run, team
-        self.manifest = m = open_data(run, team)
+        self.data = open_data(run, team)
+        self.manifest = m = self.data.manifest
+        self.width, self.height = m.width // self.data.reduce, m.height // self.data.reduce
         self._check_split()
         if team.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
@@ -36,10 +47,15 @@ class Training:
             if run.precision == "fp16" and team.main:
                 print("Note: fp16 on a CPU is many times slower than --precision fp32.", flush=True)
         class_counts = m.class_counts if run.data.labels else []
-        self.recipe = recipes.build(run, m.width, m.height, m.channels, class_counts, team.device)
+        self.recipe = recipes.build(run, self.width, self.height, m.channels, class_counts, team.device)
         self.average = ema.average_of(self.recipe.networks[self.recipe.averaged])
         self.nimg = 0
         self.seconds = 0.0  # of training, over all tries
+        self.bad_log: Path | None = None  # where replaced samples are written down
+        self.bad_seen: set[tuple[str, int]] = set()
+        self.bad_last: Bad | None = None
+        self.streamed_from = 0  # nimg
+        self.bad_new = self.bad_total = 0  # replaced here since the last sum, and by all processes
         self.skipped: dict[str, int] = {}  # steps left out in a row, by phase
 
     def _check_split(self) -> None:
@@ -53,21 +69,70 @@ class Training:
             )
 
     def stream(self) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """This process's share of the batches from `nimg` on."""
-        d = self.run.data
-        return batches(
-            d.path,
-            self.manifest,
-            seed=self.run.seed,
+        """This process's share of the batches from `nimg` on. Tells the report, and people, of replaced samples."""
+        team, bad = self.team, []
+        self.streamed_from = self.nimg
+        its = self.batches(
             start=self.nimg,
             batch=self.run.batch,
-            rank=self.team.rank,
-            world=self.team.world,
-            mirror=d.mirror,
+            rank=team.rank,
+            world=team.world,
             workers=self.data_workers(),
-            window=d.window,
-            pin_memory=self.team.device.type == "cuda",
+            pin_memory=team.device.type == "cuda",
+            prefetch=team.local_rank == 0,
+            report_bad=bad.append,
         )
+        with contextlib.closing(its):
+            try:
+                for images, labels in its:
+                    report.report("data/replaced", (torch.arange(len(labels)) < len(bad)).double())
+                    self.bad_new += len(bad)
+                    self.tell_of(bad)
+                    yield images, labels
+            finally:
+                self.tell_of(bad)
+
+    def batches(self, **options: Any) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Batches of the run's data set as the run wants them; `options` are more of `datasets.stream.batches`."""
+        d = self.run.data
+        return batches(
+            self.data.folder,
+            self.manifest,
+            seed=self.run.seed,
+            mirror=d.mirror,
+            labelled=d.labels,
+            reduce=self.data.reduce,
+            device=self.team.device if d.decoder == "gpu" else None,
+            window=d.window,
+            cache=cache_of(self.run),
+            max_bad=1.0,  # `stopping` counts over all processes
+            **options,
+        )
+
+    def stopping(self, signal: int) -> bool:
+        """Whether a signal (0: none) came to any process. To be called by every process, before each iteration.
+
+        Raises ValueError, on all of them, if more samples were replaced than `data.max_bad` allows.
+        """
+        signals, bad = self.team.totals(bool(signal), self.bad_new)
+        self.bad_new, self.bad_total = 0, self.bad_total + round(bad)
+        if bad:
+            last = next(each for each in self.team.gather([self.bad_last]) if each is not None)
+            check_share(self.bad_total, self.nimg - self.streamed_from, self.run.data.max_bad, last)
+        return signals > 0
+
+    def tell_of(self, bad: list[Bad]) -> None:
+        """Writes replaced samples down in `bad_samples.jsonl`, and on stderr each once; empties the list."""
+        for each in bad:
+            line = json.dumps({"rank": self.team.rank, **each._asdict()})
+            self.bad_last = each
+            if self.bad_log:
+                with open(self.bad_log, "a") as file:
+                    file.write(line + "\n")
+            if (each.shard, each.row) not in self.bad_seen and len(self.bad_seen) < TOLD:
+                self.bad_seen.add((each.shard, each.row))
+                print(f"styleloom train: {told(each)} It is replaced.", file=sys.stderr, flush=True)
+        bad.clear()
 
     def data_workers(self) -> int:
         """Processes that read and decode for this one."""
@@ -200,7 +265,7 @@ class Training:
         """Takes the networks' weights from a snapshot. Raises ValueError if they do not fit."""
         folder = checkpoint.find_snapshot(path)
         about, m = checkpoint.read_snapshot(folder), self.manifest
-        mine = (m.width, m.height, m.channels, self.recipe.c_dim)
+        mine = (self.width, self.height, m.channels, self.recipe.c_dim)
         its = (about["width"], about["height"], about["channels"], len(about["class_names"]))
         for what, a, b in zip(("width", "height", "channels", "classes"), its, mine, strict=True):
             if a != b:
@@ -221,14 +286,14 @@ class Training:
         names = m.class_names if run.data.labels else []
         checkpoint.save_snapshot(
             Path(run.out) / "snapshots", self.average, self.recipe.networks[self.recipe.discriminator], run,
-            self.nimg, m.width, m.height, m.channels, names,
+            self.nimg, self.width, self.height, m.channels, names,
         )  # fmt: skip
         return writer.picture(f"fakes-{self.nimg:09d}", self.sample_grid(), self.nimg)
 
     @torch.no_grad()
     def sample_grid(self) -> Image:
         """Images of the averaged generator from latents that stay the same throughout the run."""
-        columns = grid_columns(self.manifest.width)
+        columns = grid_columns(self.width)
         draws = Draws(self.run.seed, "grid", range(columns**2), self.team.device)
         z, labels = draws.normal(self.recipe.z_dim), self.recipe.labels(draws)
         images = [self.average(a, b) for a, b in zip(z.split(16), labels.split(16), strict=True)]
@@ -236,9 +301,13 @@ class Training:
 
     def real_grid(self) -> Image:
         """The first images of the stream."""
-        columns = grid_columns(self.manifest.width)
-        images, _ = next(batches(self.run.data.path, self.manifest, seed=self.run.seed, start=0, batch=columns**2))
-        return report.image_grid(images, columns)
+        columns = grid_columns(self.width)
+        bad: list[Bad] = []
+        # Without threads of its own, which the processes that read data would be forked in the midst of.
+        with contextlib.closing(self.batches(start=0, batch=columns**2, prefetch=False, report_bad=bad.append)) as its:
+            images, _ = next(its)
+        self.tell_of(bad)
+        return report.image_grid(images.cpu(), columns)
 
 
 def grid_columns(width: int) -> int:
@@ -246,35 +315,62 @@ def grid_columns(width: int) -> int:
     return min(max(2048 // width, 4), 8)
 
 
-def open_data(run: Run, team: Team) -> Manifest:
-    """The manifest of the run's data set, its shards checked as `data.verify` says.
+class Opened(NamedTuple):
+    """A data set to train with."""
+
+    folder: str | os.PathLike[str]
+    manifest: Manifest
+    reduce: int
+    """What its images are still to be divided by."""
+
+
+def open_data(run: Run, team: Team) -> Opened:
+    """The run's data set, its shards checked as `data.verify` says.
 
     Raises ValueError, the same on every process, if it is missing, half-written, changed, or lacks the labels.
     """
-    fault, manifest = "", None
+    fault, opened = "", None
     try:
         if not run.data.path:
             raise ValueError("no data set given: --data.path DATASET, a folder made by styleloom prepare")
-        manifest = read_manifest(run.data.path)
-        if run.data.labels and not manifest.classes:
+        opened = Opened(*at_size(run.data.path, read_manifest(run.data.path), run.data.reduce))
+        if run.data.labels and not opened.manifest.classes:
             raise ValueError(
                 f"data.labels asks for a class-conditional run, but {run.data.path} has no labels: "
                 "prepare it with --labels, or leave data.labels out"
             )
-        for shard in manifest.shards:
-            check_shard(run.data.path, shard)
-        hashed = run.data.verify == "hash" or (run.data.verify == "auto" and manifest.bytes < HASHED_BELOW)
-        if hashed and team.main:
-            faults = hash_faults(run.data.path, manifest)
-            if faults:
-                raise ValueError(
-                    f"{run.data.path}/{faults[0].file}: {faults[0].what}. `styleloom inspect {run.data.path} --verify` "
-                    "lists all faults; prepare the data set again."
-                )
+        make_view(opened.manifest, opened.reduce, False, False, False)
+        if run.data.decoder == "gpu":
+            if team.device.type != "cuda":
+                raise ValueError("data.decoder gpu needs a CUDA device: leave it out")
+            check_decodes_on_device(opened.manifest, opened.reduce)
+        checked_cache(opened.folder, opened.manifest, run.data.window, cache_of(run))
+        check_data(run, team, opened.folder, opened.manifest)
     except (ValueError, OSError) as error:
         fault = str(error)
     faults = [message for message in team.gather([fault]) if message]
     if faults:
         raise ValueError(faults[0])
-    assert manifest is not None
-    return manifest
+    assert opened is not None
+    return opened
+
+
+def cache_of(run: Run) -> tuple[str, int]:
+    """(folder, bytes) for copies of remote shards."""
+    return run.data.cache or str(default_folder()), int(run.data.cache_gb * 1e9)
+
+
+def check_data(run: Run, team: Team, folder: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Checks local shards as `data.verify` says; remote ones are checked as they come. Raises ValueError."""
+    if run.data.verify == "none" or is_remote(folder) or is_remote(manifest.root):
+        return
+    for shard in manifest.shards:
+        check_shard(folder, shard, tar_location(folder, manifest, shard))
+    hashed = run.data.verify == "hash" or (run.data.verify == "auto" and manifest.bytes < HASHED_BELOW)
+    if hashed and team.main:
+        faults = hash_faults(folder, manifest)
+        if faults:
+            raise ValueError(
+                f"{folder}/{faults[0].file}: {faults[0].what}. `styleloom inspect {folder} --verify` "
+                "lists all faults; prepare the data set again."
+            )
