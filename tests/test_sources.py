@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from PIL import Image
 from webdataset.writer import TarWriter
 
+from styleloom.datasets.shards import prepare
 from styleloom.datasets.sources import Source, open_source
+from styleloom.datasets.tars import Rules
 
 FILES = {"b/2.png": b"b2", "b/1.JPG": b"b1", "a/9.webp": b"a9", "c.png": b"c", "a/10.webp": b"a10"}
 ORDER = ["a/10.webp", "a/9.webp", "b/1.JPG", "b/2.png", "c.png"]
@@ -34,12 +37,19 @@ def make_zip(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def make_tar(path: Path, files: dict[str, bytes], mode: Literal["w", "w:gz"] = "w") -> Path:
+    path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, mode) as tar:
         for name, data in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+def png(red: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (red, 0, 0)).save(file, "PNG")
+    return file.getvalue()
 
 
 def names(source: Source) -> list[str]:
@@ -210,7 +220,7 @@ def test_tars_written_by_webdataset(tmp_path):
 
 def test_samples_of_a_tar_are_grouped(tmp_path):
     files = {
-        "./d/2.seg.png": b"first",
+        "./d/2.txt": b"first",
         "./d/2.jpg": b"second",
         "./d/2.json": b'{"label": "dog"}',
         "d/1.json": b'{"label": "cat"}',
@@ -220,8 +230,8 @@ def test_samples_of_a_tar_are_grouped(tmp_path):
         "._d/4.png": b"hidden",
     }
     source = open_source(make_tar(tmp_path / "x.tar", files))
-    assert names(source) == ["x.tar/d/1.PNG", "x.tar/d/2.seg.png"]
-    assert contents(source) == [b"one", b"first"]
+    assert names(source) == ["x.tar/d/1.PNG", "x.tar/d/2.jpg"]
+    assert contents(source) == [b"one", b"second"]
     assert source.class_names == ("cat", "dog")
     assert labels(source) == [0, 1]
 
@@ -232,6 +242,78 @@ def test_some_labels_missing_in_a_tar(tmp_path):
         open_source(path)
     with pytest.raises(ValueError, match="does not go with tars"):
         open_source(path, "folders")
+
+
+PAIRS = {"1.left.png": b"1l", "1.right.png": b"1r", "1.json": b'{"kind": {"of": "dog"}}', "2.left.png": b"2l"}
+
+
+def test_several_pictures_in_a_sample_of_a_tar(tmp_path):
+    path = make_tar(tmp_path / "x.tar", PAIRS)
+    with pytest.raises(ValueError, match=r"sample 1 in .*x\.tar has several pictures: 1\.left\.png, 1\.right\.png\.\n"):
+        open_source(path)
+    source = open_source(path, rules=Rules(image="left.png"))
+    assert names(source) == ["x.tar/1.left.png", "x.tar/2.left.png"]
+    assert contents(open_source(path, rules=Rules(image="right.png"))) == [b"1r"]
+    assert contents(open_source(path, rules=Rules(image="right.png,left.png"))) == [b"1r", b"2l"]
+    assert contents(open_source(path, rules=Rules(keys="last-dot"))) == [b"1l", b"1r", b"2l"]
+    with pytest.raises(
+        ValueError, match=r"no sample in .*x\.tar has a \.jpg; there are: \.left\.png, \.right\.png, \.json"
+    ):
+        open_source(path, rules=Rules(image="jpg"))
+
+
+def test_labels_of_a_field_in_a_tar(tmp_path):
+    files = {
+        "1.jpg": b"1",
+        "1.cls": b"7",
+        "1.json": b'{"kind": {"of": "dog"}}',
+        "2.jpg": b"2",
+        "2.json": b'{"kind": 1}',
+    }
+    path = make_tar(tmp_path / "x.tar", dict(list(files.items())[:3]))
+    source = open_source(path, rules=Rules(label_field="kind.of"))
+    assert (labels(source), source.class_names) == ([0], ("dog",))
+    make_tar(path, files)
+    with pytest.raises(ValueError, match=r"1 of 2 pictures have no label in .*x\.tar, the first is x\.tar/2\.jpg"):
+        open_source(path, rules=Rules(label_field="kind.of"))
+    with pytest.raises(ValueError, match=r"no sample in .*x\.tar has the field sort in its \.json; there are: kind"):
+        open_source(path, rules=Rules(label_field="sort"))
+    with pytest.raises(
+        ValueError, match=r"--label-field takes the labels from the samples' \.json, --labels none does not"
+    ):
+        open_source(path, "none", Rules(label_field="kind.of"))
+
+
+def test_a_file_of_labels_names_samples_of_tars(tmp_path):
+    for name in "ab":
+        make_tar(tmp_path / "set" / f"{name}.tar", {"1.jpg": b"1", "2.jpg": b"2"})
+    path = tmp_path / "labels.csv"
+    path.write_text("key,label\na.tar/1.jpg,ant\na.tar/2,bee\n1,cat\n2.jpg,dog\nunused,emu\n")
+    source = open_source(tmp_path / "set", str(path))
+    assert labels(source) == [0, 1, 2, 3]
+    assert source.class_names == ("ant", "bee", "cat", "dog", "emu")
+    path.write_text("1,cat\n")
+    with pytest.raises(ValueError, match=r"2 of 4 pictures have no label in .*labels\.csv, the first is a\.tar/2\.jpg"):
+        open_source(tmp_path / "set", str(path))
+
+
+def test_rules_are_for_tars(make):
+    root = make({"1.left.png": b"1", "1.right.png": b"2"})
+    assert len(open_source(root)) == 2
+    for rules in (Rules(image="left.png"), Rules(keys="last-dot"), Rules(label_field="kind")):
+        with pytest.raises(ValueError, match="--image, --keys and --label-field are for tars, and there are none in"):
+            open_source(root, rules=rules)
+
+
+def test_a_data_set_of_several_sizes_is_one_source(tmp_path):
+    make_folder(tmp_path / "pictures", {f"{i}.png": png(i) for i in range(3)})
+    root = tmp_path / "data"
+    prepare(open_source(tmp_path / "pictures"), root, width=4, height=4, shard_images=2, progress=False)
+    make_tar(root / "2x2" / "shard-000000.tar", {"0.png": png(0)})
+    (root / "contact.png").write_bytes(png(0))
+    assert [entry.name.partition("/")[0] for entry in open_source(root).entries] == [
+        "shard-000000.tar", "shard-000000.tar", "shard-000001.tar",
+    ]  # fmt: skip
 
 
 def test_compressed_and_broken_archives_are_refused(tmp_path):
