@@ -1,29 +1,29 @@
-"""`styleloom bench`: how fast ops and training phases are, against what this machine reaches in the same run."""
+"""`styleloom bench`: how fast ops, training phases and data are, against what this machine reaches in the same run."""
 
 import json
 import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from tqdm import tqdm
 
 from styleloom.ops import build
 from styleloom.ops.memory import keep_freed_memory
-from styleloom.scripts import bench_model, bench_ops
+from styleloom.scripts import bench_data, bench_model, bench_ops, bench_peers
+from styleloom.scripts.bench_data import Data
+from styleloom.scripts.bench_show import Row, Table, line, number, progress, text, titles
 from styleloom.scripts.cli import parse, run
 from styleloom.training.config import PRESETS, Run, StyleGAN2Network
 from styleloom.training.networks.stylegan2 import start_size
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda"]
-Row = dict[str, Any]
 
 _BUDGET = 0.5  # seconds of repetitions
 _BATCH = {"cpu": 4, "cuda": 32}
@@ -92,18 +92,28 @@ class Model:
     """A file for all rows and the machine's data; - for stdout, without the table."""
 
 
-Commands = Annotated[Ops, tyro.conf.subcommand("ops")] | Annotated[Model, tyro.conf.subcommand("model")]
+Commands = (
+    Annotated[Ops, tyro.conf.subcommand("ops")]
+    | Annotated[Model, tyro.conf.subcommand("model")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
+)
 
 
 def main(args: Sequence[str]) -> int | None:
-    options: Ops | Model = parse(
-        Commands, args, "bench", description="Measures the ops, or training phases, on this machine.",
+    options: Ops | Model | Data = parse(
+        Commands, args, "bench", description="Measures the ops, training phases, or reading data, on this machine.",
         config=(tyro.conf.FlagCreatePairsOff,),
     )  # fmt: skip
     file = options.json
     if file is not None and str(file) != "-" and not file.resolve().parent.is_dir():
         raise ValueError(f"--json {file}: there is no folder {file.parent}")
-    found = ops(options) if isinstance(options, Ops) else model(options)
+    match options:
+        case Ops():
+            found = ops(options)
+        case Model():
+            found = model(options)
+        case Data():
+            found = data(options)
     if file is not None:
         written = json.dumps(found, indent=1) + "\n"
         sys.stdout.write(written) if str(file) == "-" else file.write_text(written)
@@ -266,6 +276,22 @@ def describe_ratio(ratio: Row) -> str:
     return f"{ratio['resolution']} px {ratio['precision']}: {ratio['ours']:.3g} img a {unit}, {', '.join(others)}"
 
 
+# bench data
+
+
+def data(options: Data) -> dict[str, Any]:
+    at_least(images=options.images, workers=options.workers, rounds=options.rounds - 1)
+    bench_data.check(options)
+    if len(bench_data.jobs(options)) == 1:
+        facts = begin(torch.device("cpu"), threads=1, keep=True) | {"libraries": bench_peers.versions()}
+        found = {"machine": facts} | bench_data.measure(options)
+    else:
+        found = bench_data.measure_in_children(options)
+    if str(options.json) != "-":
+        print("\n".join(bench_data.describe(found)))
+    return found
+
+
 # The machine, and how things are shown.
 
 
@@ -313,23 +339,6 @@ def describe(facts: dict[str, Any], ceiling: dict[str, Any]) -> list[str]:
     ]
 
 
-def progress(total: int | None, what: str) -> tqdm:
-    """A bar on stderr, once it takes longer; in a log file, a line each half minute."""
-    interval = 0.25 if sys.stderr.isatty() else 30
-    return tqdm(total=total, desc=what, mininterval=interval, delay=5, leave=False)
-
-
-def number(key: str, form: str, scale: float = 1.0) -> Callable[[Row], str]:
-    """Shows a row's number; a dash where it has none."""
-    return lambda row: "-" if row.get(key) is None else format(row[key] * scale, form)
-
-
-def text(key: str) -> Callable[[Row], str]:
-    return lambda row: "x".join(map(str, row[key])) if isinstance(row[key], list) else str(row[key])
-
-
-Table = list[tuple[str, int, Callable[[Row], str]]]  # title, width (below 0: to the left), content
-
 OPS_TABLE: Table = [
     ("op", -15, text("op")),
     ("shape", -15, text("shape")),
@@ -360,18 +369,6 @@ MODEL_TABLE: Table = [
     ("of matrix", 9, number("matrix_share", ".0%")),
     ("GiB", 6, number("peak_bytes", ".2f", 2**-30)),
 ]
-
-
-def titles(table: Table) -> str:
-    return _aligned([(title, width) for title, width, _ in table])
-
-
-def line(table: Table, row: Row) -> str:
-    return _aligned([(show(row), width) for _, width, show in table])
-
-
-def _aligned(cells: Sequence[tuple[str, int]]) -> str:
-    return "  ".join(f"{cell:<{-width}}" if width < 0 else f"{cell:>{width}}" for cell, width in cells).rstrip()
 
 
 if __name__ == "__main__":

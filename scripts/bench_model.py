@@ -136,8 +136,10 @@ def resident(reset: bool = True) -> int:
 # Several configurations: a process for each, so that neither memory nor what was compiled is shared.
 
 
-def in_children(commands: dict[tuple[Any, ...], tuple[list[str], dict[str, str]]], repeats: int) -> Iterator[Any]:
-    """Runs `styleloom bench model` with the (arguments, environment) of each, in turns: A B A B.
+def in_children(
+    commands: dict[tuple[Any, ...], tuple[list[str], dict[str, str]]], repeats: int, what: str = "model"
+) -> Iterator[Any]:
+    """Runs `styleloom bench WHAT` with the (arguments, environment) of each, in turns: A B A B.
 
     Yields:
         (key, what it measured), `repeats` times each.
@@ -148,7 +150,7 @@ def in_children(commands: dict[tuple[Any, ...], tuple[list[str], dict[str, str]]
     for _ in range(repeats):
         for key, (arguments, environment) in commands.items():
             done = subprocess.run(
-                [sys.executable, "-m", "styleloom.scripts.bench", "model", *arguments, "--json", "-"],
+                [sys.executable, "-m", "styleloom.scripts.bench", what, *arguments, "--json", "-"],
                 env=os.environ | environment, capture_output=True, text=True,
             )  # fmt: skip
             if done.returncode:

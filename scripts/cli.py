@@ -19,7 +19,7 @@ COMMANDS = {
     "inspect": "show, verify or draw a prepared data set",
     "train": "train from a preset, or continue a run",
     "generate": "draw images from a snapshot",
-    "bench": "time the ops, or whole training phases, against what this machine can do",
+    "bench": "time the ops, training phases or reading data, against what this machine can do",
     "doctor": "show what this machine has, each op's path and why",
 }
 
@@ -56,6 +56,13 @@ def run(command: Callable[[Sequence[str]], int | None], name: str, args: Sequenc
         print(f"styleloom {name}: {explain(error)}", file=sys.stderr)
         status = 1
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):  # torch raises it wherever the program is when the worker dies
+            print(
+                f"styleloom {name}: a process that reads data was killed ({str(error).splitlines()[0]}) "
+                "Where memory is short, fewer --data.workers help.",
+                file=sys.stderr,
+            )
+            sys.exit(1)
         if "out of memory" not in str(error):
             raise
         print(

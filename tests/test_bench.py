@@ -293,7 +293,6 @@ def test_best_of_takes_the_fastest_runs():
     ("arguments", "what"),
     [
         ([], "bench"),
-        (["data"], "data"),
         (["ops", "--dtypes", "fp64"], "fp64"),
         (["ops", "--resolutions", "100"], "100 px"),
         (["ops", "--threads", "-1"], "--threads"),
