@@ -15,6 +15,7 @@
 import functools
 import io
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,15 +87,19 @@ def _is_colour(text: str | None) -> bool:
 
 
 class Picture(NamedTuple):
-    """A picture brought into form."""
+    """A picture brought into form, in one size or several."""
 
-    data: bytes
-    """Encoded."""
+    data: list[bytes]
+    """Encoded, for each form."""
+    smallest: Image.Image
+    """The image of the last form."""
     width: int
     """Before cropping and resizing, upright."""
     height: int
+    format: str
+    """PNG, JPEG, WEBP, BMP, TIFF or GIF."""
     upscaled: bool
-    """It was smaller than the form in some direction."""
+    """It was smaller than the first form in some direction."""
     profile_ignored: bool
     """Its ICC profile was unusable."""
 
@@ -131,8 +136,18 @@ def load(data: bytes) -> Loaded:
 
 def shape(picture: Loaded, form: Form) -> Image.Image:
     """The picture cropped, composited and resized: steps 6 to 8 of the policy. L, RGB or RGBA, of the form's size."""
+    return resize(cut(picture, form), form)
+
+
+def cut(picture: Loaded, form: Form) -> Image.Image:
+    """The picture cropped and composited: steps 6 and 7. L, RGB or RGBA; the same for all forms that differ only in
+    size and have one aspect. It may be the picture itself: not to be changed."""
     box = _centre(*picture.colour.size, form)
-    image = _flatten(picture.colour.crop(box), picture.alpha and picture.alpha.crop(box), form)
+    return _flatten(_crop(picture.colour, box), picture.alpha and _crop(picture.alpha, box), form)
+
+
+def resize(image: Image.Image, form: Form) -> Image.Image:
+    """A new image of the form's size, from one that `cut` made: step 8."""
     # For RGBA Pillow resizes premultiplied values.
     return image.resize((form.width, form.height), _FILTER[form.resize])
 
@@ -143,12 +158,18 @@ def is_enlarged(picture: Loaded, form: Form) -> bool:
     return right - left < form.width or bottom - top < form.height
 
 
-def bring_into_form(data: bytes, form: Form) -> Picture:
-    """Decodes, converts, crops, resizes and encodes a picture. Raises ValueError, with the reason, if that fails."""
+def bring_into_forms(data: bytes, forms: Sequence[Form]) -> Picture:
+    """Decodes, converts and crops a picture once; resizes that to each form, and encodes.
+
+    forms: one or more that differ only in size and have one aspect.
+    Raises ValueError, with the reason, if the picture cannot be read.
+    """
     picture = load(data)
-    image = shape(picture, form)
-    enlarged = is_enlarged(picture, form)
-    return Picture(encode(image, form), *picture.colour.size, enlarged, picture.profile_ignored)
+    whole = cut(picture, forms[0])
+    images = [resize(whole, form) for form in forms]
+    encoded = [encode(image, form) for image, form in zip(images, forms, strict=True)]
+    enlarged = is_enlarged(picture, forms[0])
+    return Picture(encoded, images[-1], *picture.colour.size, picture.format, enlarged, picture.profile_ignored)
 
 
 def conform(data: bytes, form: Form) -> np.ndarray:
@@ -158,9 +179,9 @@ def conform(data: bytes, form: Form) -> np.ndarray:
 
 def _load(data: bytes) -> tuple[Image.Image, str, bytes | None]:
     """The first picture in `data`, upright, its format and its colour profile."""
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        image.load()  # before asking for the orientation: TIFF is turned by Pillow while loading
-        return _upright(image), image.format or "", image.info.get("icc_profile")
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    image.load()  # before asking for the orientation: TIFF is turned by Pillow while loading
+    return _upright(image), image.format or "", image.info.get("icc_profile")
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -168,7 +189,7 @@ def _upright(image: Image.Image) -> Image.Image:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # a broken EXIF block says nothing about the orientation
         orientation = None
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image.copy()
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
@@ -179,11 +200,22 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         return _eight_bits(image), None
     if image.has_transparency_data:
         grey = image.mode in ("1", "L", "LA", "La")
-        image = image.convert("LA" if grey else "RGBA")
+        image = _convert(image, "LA" if grey else "RGBA")
         return image.convert("L" if grey else "RGB"), image.getchannel("A")
     if image.mode == "1":
         return image.convert("L"), None
     return image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB"), None
+
+
+# Pillow copies where nothing is to be done, which for large pictures costs about what decoding them costs.
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _crop(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    return image if box == (0, 0, *image.size) else image.crop(box)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -236,9 +268,9 @@ def _flatten(colour: Image.Image, alpha: Image.Image | None, form: Form) -> Imag
         return image
     if alpha is not None and form.background is not None:
         image = Image.new("RGB", colour.size, form.background)
-        image.paste(colour.convert("RGB"), mask=alpha)
+        image.paste(_convert(colour, "RGB"), mask=alpha)
         colour = image
-    return colour.convert(_MODE[form.channels])
+    return _convert(colour, _MODE[form.channels])
 
 
 def encode(image: Image.Image, form: Form) -> bytes:

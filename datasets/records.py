@@ -6,6 +6,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .manifest import Shard
+from .statistics import Census
 
 REPORT = "report.json"
 
@@ -22,6 +23,10 @@ class Plan(BaseModel):
     quality: int | None
     resize: str
     background: str | None
+    reduced: list[tuple[int, int]]
+    """Width and height of each smaller size that is made in the same pass, the largest first."""
+    duplicates: str
+    """drop or keep."""
     shard_images: int
     images: int
     """Pictures in the source."""
@@ -40,19 +45,62 @@ class Unreadable(BaseModel):
     reason: str
 
 
+class Duplicate(BaseModel):
+    """A picture that was left out, as its file is the same, byte for byte, as an earlier one's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    """Its name in the source."""
+    kept: str
+    """The earlier one's."""
+    labels: tuple[str, str] | None
+    """The names of its class and of the other's, where they differ."""
+
+
+class Look(BaseModel):
+    """Two pictures that look alike."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sources: tuple[str, str]
+    """Their names in the source."""
+    bits: int
+    """In which their hashes differ."""
+
+
+class LookAlikes(BaseModel):
+    """Pictures that may be copies of one another in another size or quality. They are all in the data set."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    within: int
+    """Bits of 64 in which the hashes of two may differ."""
+    pairs: int
+    """How many there are. Of pictures with the same hash, only the first is paired with others."""
+    complete: bool
+    """False if there are so many that some may have been missed."""
+    first: list[Look]
+    """The first thousand."""
+
+
 class Record(BaseModel):
     """What became of the pictures of one shard."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    shard: Shard | None
-    """None if all its pictures were unreadable."""
+    shards: list[Shard]
+    """For each size, the largest first. Empty if no picture is left."""
     read: int
+    """Pictures of the source that it is made of, with those left out."""
     upscaled: int
     profiles_ignored: int
     labels: dict[int, int]
     """Images of each label."""
     unreadable: list[Unreadable]
+    census: Census | None
+    likenesses: list[int | None]
+    """Of each of the `read` pictures, what similar.py makes of its image; None for those left out, and flat ones."""
 
 
 class Report(BaseModel):
@@ -64,12 +112,14 @@ class Report(BaseModel):
     read: int
     """Pictures in the source."""
     written: int
-    """Images in the shards."""
+    """Images in the shards, of each size."""
     upscaled: int
-    """Images made from pictures that were smaller than the target."""
+    """Images made from pictures that were smaller than the (largest) size."""
     profiles_ignored: int
     """Images whose ICC profile was unusable."""
     unreadable: list[Unreadable]
+    duplicates: list[Duplicate]
+    look_alikes: LookAlikes
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -89,8 +139,16 @@ def compare(there: Plan, here: Plan, what: str, dest: Path) -> None:
     if not differing:
         return
     named = [f"{name} is {getattr(there, name)} there, {getattr(here, name)} here" for name in differing]
-    words = {"source": "the pictures or labels of the source changed", "class_names": "the classes differ"}
+    words = {
+        "source": "the pictures or labels of the source changed",
+        "class_names": "the classes differ",
+        "reduced": f"the smaller sizes are {_sizes(there)} there, {_sizes(here)} here",
+    }
     told = "; ".join(words.get(name, text) for name, text in zip(differing, named, strict=True))
     raise ValueError(
         f"{what} of another kind: {told}.\nUse the same source and options, another folder, or delete {dest}."
     )
+
+
+def _sizes(plan: Plan) -> str:
+    return ", ".join(f"{width}x{height}" for width, height in plan.reduced) or "none"

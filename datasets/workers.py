@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 
@@ -27,6 +27,19 @@ Tick = Callable[[], None]
 """To be called after each image."""
 
 
+class Engine(Protocol):
+    """Something that runs tasks, such as `run` with its number of workers given."""
+
+    def __call__(
+        self,
+        work: Callable[[Task, Tick], Result],
+        tasks: Sequence[Task],
+        bar: tqdm,
+        collect: Callable[[Result], None] = lambda result: None,
+        /,
+    ) -> None: ...
+
+
 class Stopped(Exception):  # noqa: N818 (it is a request, not an error)
     """The run is being ended: leave the task, clean up."""
 
@@ -34,6 +47,15 @@ class Stopped(Exception):  # noqa: N818 (it is a request, not an error)
 def default_workers() -> int:
     """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def local_engine(workers: int) -> Engine:
+    """`run` in so many processes of this machine."""
+
+    def engine(work, tasks, bar, collect=lambda result: None, /) -> None:
+        run(work, tasks, workers, bar, collect)
+
+    return engine
 
 
 def run(
@@ -85,15 +107,24 @@ def _context(module: str) -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([module])
-    # The server inherits that Ctrl-C is blocked: it would end it while it imports. The tracker, which is started on the
-    # way, would unblock it.
-    multiprocessing.resource_tracker.ensure_running()
+    with interrupts_blocked():
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+@contextlib.contextmanager
+def interrupts_blocked() -> Iterator[None]:
+    """Lets processes and threads that are started in the block never hear of Ctrl-C, which would end them while they
+    import. Without effect on Windows."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    multiprocessing.resource_tracker.ensure_running()  # it would be started on the way, and unblock it
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        multiprocessing.forkserver.ensure_running()
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
 
 
 @contextlib.contextmanager
@@ -179,7 +210,12 @@ def _work(work: Callable, task: Any, slot: int) -> Any:
     return work(task, tick)
 
 
-def progress_bar(total: int, initial: int, what: str, show: bool) -> tqdm:
-    """A bar on stderr with images a second and the time left; in a log file, a line each half minute."""
+def progress_bar(total: int, initial: int, what: str, show: bool, after: float = 0) -> tqdm:
+    """A bar on stderr with images a second and the time left; in a log file, a line each half minute.
+
+    after: seconds for which it does not show.
+    """
     interval = 0.25 if sys.stderr.isatty() else 30
-    return tqdm(total=total, initial=initial, desc=what, unit="img", mininterval=interval, disable=not show)
+    return tqdm(
+        total=total, initial=initial, desc=what, unit="img", mininterval=interval, disable=not show, delay=after
+    )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from styleloom.datasets.manifest import load_index, read_manifest
+from styleloom.datasets.manifest import load_index, read_manifest, write_manifest
 from styleloom.datasets.shards import prepare
 from styleloom.datasets.sources import open_source
 from styleloom.scripts.cli import run
@@ -43,9 +43,52 @@ def test_shows_what_there_is(data, capsys):
         "labels   2 classes",
         f"    cat         3 {'#' * 40}",
         f"    dog         2 {'#' * 27}",
+        "from     PNG 5",
+        "width 8, height 4, aspect 2.00",
+        "colour   mean 102 153 102, standard deviation 125 125 125",
         read_manifest(data).hash,
     ):
         assert line in out
+
+
+@pytest.fixture
+def sizes(tmp_path):
+    """Three pictures of sizes from 10x10 to 40x40, in two sizes."""
+    (tmp_path / "many").mkdir()
+    for side in (10, 20, 40):
+        Image.new("L", (side, side), side).save(tmp_path / "many" / f"{side}.webp")
+    source = open_source(tmp_path / "many")
+    prepare(source, tmp_path / "sizes", width=8, height=8, reduced=[(4, 4)], channels=1, progress=False)
+    return tmp_path / "sizes"
+
+
+def test_shows_the_other_sizes_and_the_spread(sizes, capsys):
+    _, out, _ = call(capsys, sizes)
+    assert f"smaller  4x4: {sizes / '4x4'}" in out
+    assert "from     WEBP 3" in out
+    assert "width 10 to 40 (median about 20), height 10 to 40 (median about 20), aspect 1.00" in out
+    assert "smaller" not in call(capsys, sizes / "4x4")[1]
+
+
+def test_verify_looks_at_all_sizes(sizes, capsys):
+    status, out, _ = call(capsys, sizes, "--verify")
+    assert status == 0
+    assert out.splitlines()[-1] == "sound: 6 images hashed and decoded."
+    (sizes / "4x4" / "shard-000000.npy").unlink()
+    status, out, _ = call(capsys, sizes, "--verify")
+    assert status == 1
+    assert "4x4/shard-000000.tar: " in out
+
+
+def test_a_set_that_others_made_is_told_as_such(data, capsys):
+    manifest = read_manifest(data)
+    others = {"resize": "unknown", "background": None, "quality": None, "codec": "mixed", "statistics": None}
+    write_manifest(manifest.model_copy(update={**others, "root": str(data)}), data)
+    _, out, _ = call(capsys, data)
+    assert "made by  others: the images are taken as they are" in out
+    assert f"tars in  {data}" in out
+    write_manifest(manifest.model_copy(update={"conform": True}), data)
+    assert "centre crop, lanczos resize, transparency on #ffffff, as they are read" in call(capsys, data)[1]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

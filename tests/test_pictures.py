@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from styleloom.datasets.decode import decode
-from styleloom.datasets.pictures import Form, bring_into_form
+from styleloom.datasets.pictures import Form, bring_into_forms, cut, load, resize
 
 FORM = Form(width=4, height=4, channels=3, codec="png", quality=None, resize="box", background="#ffffff")
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -21,10 +21,17 @@ def encode(image: Image.Image, codec: str = "png", **options) -> bytes:
     return file.getvalue()
 
 
+def bring_into_form(data: bytes, form: Form):
+    """The picture, and its one image."""
+    picture = bring_into_forms(data, [form])
+    (encoded,) = picture.data
+    return picture, encoded
+
+
 def convert(data: bytes, **form) -> np.ndarray:
     """int [H, W, C]"""
     form = replace(FORM, **form)
-    pixels = decode(bring_into_form(data, form).data, form.codec, form.channels)
+    pixels = decode(bring_into_form(data, form)[1], form.codec, form.channels)
     return pixels.transpose(1, 2, 0).astype(int)
 
 
@@ -55,7 +62,7 @@ def test_exif_orientation(orientation, expected, codec):
 def test_orientation_counts_for_the_crop_and_the_recorded_size():
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture = bring_into_form(encode(Image.new("RGB", (30, 10)), exif=exif), FORM)
+    picture, _ = bring_into_form(encode(Image.new("RGB", (30, 10)), exif=exif), FORM)
     assert (picture.width, picture.height) == (10, 30)
 
 
@@ -73,9 +80,9 @@ def swapped_profile() -> bytes:
 def test_an_icc_profile_is_converted_to_srgb(mode):
     image = quarters(RED, GREEN, BLUE, WHITE).convert(mode)
     data = encode(image, icc_profile=swapped_profile())
-    picture = bring_into_form(data, FORM)
+    picture, stored = bring_into_form(data, FORM)
     assert not picture.profile_ignored
-    assert b"iCCP" not in picture.data  # the stored image is plain sRGB
+    assert b"iCCP" not in stored  # the stored image is plain sRGB
     assert np.abs(np.array(corners(convert(data))) - [GREEN, RED, BLUE, WHITE]).max() <= 2
 
 
@@ -89,9 +96,9 @@ def test_an_srgb_profile_changes_nothing():
     ("mode", "profile"), [("RGB", b"nonsense"), ("L", swapped_profile()), ("RGB", swapped_profile()[:300])]
 )
 def test_an_unusable_profile_is_ignored_and_told(mode, profile):
-    picture = bring_into_form(encode(Image.new(mode, (4, 4), "white"), icc_profile=profile), FORM)
+    picture, stored = bring_into_form(encode(Image.new(mode, (4, 4), "white"), icc_profile=profile), FORM)
     assert picture.profile_ignored
-    assert corners(decode(picture.data, "png", 3).transpose(1, 2, 0)) == [WHITE] * 4
+    assert corners(decode(stored, "png", 3).transpose(1, 2, 0)) == [WHITE] * 4
 
 
 def test_cmyk():
@@ -171,8 +178,8 @@ def test_the_centre_is_cropped_to_the_aspect():
 
 def test_reducing_averages_and_the_filters_differ():
     board = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
-    for resize in ("box", "lanczos"):
-        assert np.abs(convert(encode(board), channels=1, resize=resize) - 127.5).max() < 4
+    for filter_ in ("box", "lanczos"):
+        assert np.abs(convert(encode(board), channels=1, resize=filter_) - 127.5).max() < 4
     edge = np.zeros((16, 16), np.uint8)
     edge[:, 6:] = 255
     box, lanczos = (convert(encode(Image.fromarray(edge)), channels=1, resize=r) for r in ("box", "lanczos"))
@@ -181,8 +188,8 @@ def test_reducing_averages_and_the_filters_differ():
 
 
 def test_small_pictures_are_enlarged_and_told():
-    assert bring_into_form(encode(Image.new("RGB", (3, 9))), FORM).upscaled
-    assert not bring_into_form(encode(Image.new("RGB", (4, 9))), FORM).upscaled
+    assert bring_into_form(encode(Image.new("RGB", (3, 9))), FORM)[0].upscaled
+    assert not bring_into_form(encode(Image.new("RGB", (4, 9))), FORM)[0].upscaled
     assert convert(encode(Image.new("RGB", (1, 1), RED))).shape == (4, 4, 3)
 
 
@@ -194,10 +201,35 @@ def test_codecs():
         assert np.abs(high - np.asarray(smooth)).mean() < 2
         assert np.abs(high - np.asarray(smooth)).mean() < np.abs(low - np.asarray(smooth)).mean()
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    jpeg = bring_into_form(encode(Image.fromarray(noise)), Form(16, 16, 3, "jpeg", 95, "box", "#ffffff")).data
+    jpeg = bring_into_form(encode(Image.fromarray(noise)), Form(16, 16, 3, "jpeg", 95, "box", "#ffffff"))[1]
     frame = jpeg.index(b"\xff\xc0")
     sampling = [jpeg[frame + 11 + 3 * c] for c in range(3)]
     assert sampling == [0x11, 0x11, 0x11]  # 4:4:4
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_several_sizes_are_each_made_from_the_whole_picture(mode, channels):
+    pixels = np.random.default_rng(0).integers(0, 256, (33, 50, len(mode)), np.uint8)
+    data = encode(Image.fromarray(pixels.squeeze()))
+    forms = [replace(FORM, width=w, height=h, channels=channels, resize="lanczos") for w, h in ((24, 16), (12, 8))]
+    picture = bring_into_forms(data, forms)
+    assert picture.data == [bring_into_form(data, form)[1] for form in forms]
+    assert picture.smallest.size == (12, 8)
+    assert (picture.width, picture.height, picture.format) == (50, 33, "PNG")
+
+
+@pytest.mark.parametrize("codec", ["png", "jpeg", "webp", "bmp", "tiff", "gif"])
+def test_what_needs_no_change_is_not_copied_and_not_written_to(codec):
+    data = encode(quarters(RED, GREEN, BLUE, WHITE), codec)
+    picture = load(data)
+    assert picture.format == codec.upper()
+    before = np.array(picture.colour)
+    whole = cut(picture, FORM)
+    assert whole is picture.colour
+    image = resize(whole, FORM)
+    image.paste("black", (0, 0, 4, 4))
+    assert (np.asarray(picture.colour) == before).all()
 
 
 @pytest.mark.parametrize(

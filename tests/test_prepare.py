@@ -1,7 +1,9 @@
 """scripts/prepare.py: the command line, and what happens when processes are stopped or killed."""
 
 import hashlib
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ from PIL import Image
 
 from styleloom.datasets.manifest import WORK, read_manifest
 from styleloom.scripts.cli import run
-from styleloom.scripts.prepare import main, parse_resolution
+from styleloom.scripts.prepare import joined_resolutions, main, parse_resolution, parse_resolutions
 
 COMMAND = (sys.executable, "-m", "styleloom.scripts.prepare")
 
@@ -31,12 +33,13 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory):
-    """Pictures of which each takes about a tenth of a second."""
+    """Pictures of which each takes about a tenth of a second. They differ in what follows the image only."""
     root = tmp_path_factory.mktemp("slow")
     noise = np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), np.uint8)
-    Image.fromarray(noise).save(root / "00.jpg", quality=95)
-    for i in range(1, 24):
-        os.link(root / "00.jpg", root / f"{i:02d}.jpg")
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "JPEG", quality=95)
+    for i in range(24):
+        (root / f"{i:02d}.jpg").write_bytes(file.getvalue() + b"%02d" % i)
     return root
 
 
@@ -67,7 +70,8 @@ def test_prepares_and_says_what_to_do_next(pictures, tmp_path, capsys):
     lines = out.splitlines()
     assert lines[0] == f"{dest} is ready: 6 images of 16x8 in 1 shard, 0.0 MB."
     assert lines[1] == f"Of 7 pictures: 1 unreadable. See {dest}/report.json"
-    assert lines[2] == f"Next: styleloom train stylegan2-cpu --data.path '{dest}' --out RUN"
+    assert lines[2] == f"What is in it, at a glance: {dest}/contact.png"
+    assert lines[3] == f"Next: styleloom train stylegan2-cpu --data.path '{dest}' --out RUN"
     manifest = read_manifest(dest)
     assert (manifest.width, manifest.height, manifest.channels) == (16, 8, 1)
     status, out, _ = call(capsys, pictures, dest, "--resolution", "16x8", "--workers", "2", "--channels", "1")
@@ -80,12 +84,29 @@ def test_prepares_and_says_what_to_do_next(pictures, tmp_path, capsys):
     [
         (["{pictures}", "{dest}", "--resolution", "large"], 1, "--resolution is a number such as 256"),
         (["{pictures}", "{dest}", "--resolution", "0"], 1, "resolution 0x0 is not within"),
-        (["{pictures}", "{dest}"], 2, "resolution"),
+        (["{pictures}", "{dest}"], 1, "say SRC, DEST and --resolution (with --index-only, DEST and"),
+        (["{pictures}", "--resolution", "8"], 1, "say SRC, DEST and --resolution"),
+        ([], 2, "SRC"),
+        (["{pictures}", "--index-only"], 1, "no tars in"),
+        (
+            ["{pictures}", "{dest}", "--index-only", "--codec", "jpeg", "--part", "1/2"],
+            1,
+            "so --codec, --part cannot be",
+        ),
+        (
+            ["{pictures}", "{dest}", "--index-only", "--resolution", "64", "32"],
+            1,
+            "--index-only takes one --resolution",
+        ),
+        (["{pictures}", "{dest}", "--resolution", "8", "--label-field", "kind"], 1, "--label-field are for tars, and"),
         (["{pictures}", "{dest}", "--resolution", "8", "--codec", "gif"], 2, "codec"),
         (["{pictures}", "{dest}", "--resolution", "8", "--labels", "folders"], 1, "7 of 7 pictures have no label"),
         (["{pictures}", "{dest}", "--resolution", "8", "--labels", "nowhere.csv"], 1, "nowhere.csv"),
         (["{dest}", "{dest}", "--resolution", "8"], 1, "there is no"),
         (["{pictures}", "{pictures}/x", "--resolution", "8"], 1, "within the source"),
+        (["{pictures}", "{dest}", "--resolution", "32", "16x8"], 1, "32x32 and 16x8 differ in their aspect"),
+        (["{pictures}", "{dest}", "--resolution", "8", "--part", "0/2"], 1, "--part is I/N with I from 1 to N"),
+        (["{pictures}", "{dest}", "--resolution", "8", "--duplicates", "ask"], 2, "duplicates"),
     ],
 )
 def test_mistakes_end_in_a_line_or_two(pictures, tmp_path, capsys, args, status, message):
@@ -96,6 +117,66 @@ def test_mistakes_end_in_a_line_or_two(pictures, tmp_path, capsys, args, status,
     assert err[0].startswith("styleloom prepare: ")
     assert message in "".join(err)
     assert not dest.exists()
+
+
+def test_tells_of_sizes_duplicates_and_what_looks_alike(pictures, tmp_path, capsys):
+    source, dest = tmp_path / "source", tmp_path / "data"
+    for name in ("a/0.png", "a/1.png", "b/0.png"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures / name[-5:], source / name)
+    Image.open(source / "a/1.png").save(source / "a/2.jpg", quality=95)
+    sizes = ["--resolution", "32x16", "16x8"]
+    status, out, _ = call(capsys, *sizes, source, dest, "--labels", "folders", "--workers", "1")
+    assert status == 0
+    assert out.splitlines()[:-2] == [
+        f"{dest} is ready: 3 images of 32x16 in 1 shard, 0.0 MB, 2 classes.",
+        f"The same in 16x8: {dest}/16x8",
+        f"Of 4 pictures: 1 dropped as exact duplicates (1 of another class), 3 enlarged. See {dest}/report.json",
+        f"1 pair of images look alike (all are kept). See {dest}/report.json",
+    ]
+    assert (read_manifest(dest / "16x8").width, read_manifest(dest / "16x8").count) == (16, 3)
+    kept = tmp_path / "kept"
+    status, out, _ = call(capsys, source, kept, "--resolution", "16x8,32x16", "--duplicates", "keep", "--workers", "1")
+    assert status == 0
+    assert f"{kept} is ready: 4 images of 32x16" in out
+
+
+def test_a_part_says_what_is_missing(pictures, tmp_path, capsys):
+    dest = tmp_path / "data"
+    status, out, _ = call(capsys, *arguments(pictures, dest, 1, "--part", "2/3"))
+    assert status == 0
+    assert out.splitlines()[-2:] == [
+        f"Part 2/3 of {dest} is made. Of 4 shards 3 are missing yet: those of 1/3, 3/3.",
+        "The part that ends last completes the data set; running any part again does no harm.",
+    ]
+    call(capsys, *arguments(pictures, dest, 1, "--part", "1/3"))
+    status, out, _ = call(capsys, *arguments(pictures, dest, 1, "--part", "3/3"))
+    assert status == 0
+    assert f"{dest} is ready: 6 images" in out
+
+
+def test_resolutions():
+    assert parse_resolutions("256") == [(256, 256)]
+    assert parse_resolutions("256,1024,512") == [(1024, 1024), (512, 512), (256, 256)]
+    assert parse_resolutions("6x4, 12X8,6x4") == [(12, 8), (6, 4)]
+    with pytest.raises(ValueError, match="--resolution"):
+        parse_resolutions("256,")
+
+
+@pytest.mark.parametrize(
+    ("args", "joined"),
+    [
+        ("--resolution 8 4 2 src dest", "--resolution 8,4,2 src dest"),
+        ("src dest --resolution 8x4 4x2 --workers 2", "src dest --resolution 8x4,4x2 --workers 2"),
+        ("--resolution 8,4 2", "--resolution 8,4,2"),
+        ("8 4 --resolution large 4", "8 4 --resolution large 4"),
+        ("--shard-images 8 4", "--shard-images 8 4"),
+        ("--resolution", "--resolution"),
+        ("", ""),
+    ],
+)
+def test_sizes_after_resolution_belong_to_it(args, joined):
+    assert joined_resolutions(args.split()) == joined.split()
 
 
 def test_resolution():
