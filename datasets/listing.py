@@ -96,6 +96,6 @@ def _check_name(name: str, root: str) -> None:
     if tool:
         raise ValueError(compressed(storage.join(root, name), tool))
     try:
-        Shard(name=name, count=1, bytes=1, sha256="0" * 64, index=f"{name}.npy", index_sha256="0" * 64)
+        Shard(name=name, count=1, bytes=1024, sha256="0" * 64, index=f"{name}.npy", index_sha256="0" * 64)
     except ValidationError:
         raise ValueError(f"{name!r} in {root} cannot be named in a manifest: rename it") from None

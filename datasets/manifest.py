@@ -74,7 +74,7 @@ class Shard(BaseModel):
 
     @model_validator(mode="after")
     def _has_room(self) -> Self:
-        if self.count * 1024 > self.bytes:  # a header and a block for each: broken numbers are not to fill the memory
+        if self.count * 512 > self.bytes:  # a header for each: broken numbers are not to fill the memory
             raise ValueError(f"{self.bytes} bytes do not hold {self.count} samples")
         return self
 

@@ -20,7 +20,7 @@ import signal
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -199,7 +199,7 @@ def batches(
         pipelinefilter(_errors_as_items)(),
     )
     loader = DataLoader(
-        pipeline,
+        cast(IterableDataset, pipeline),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
