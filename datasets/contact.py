@@ -235,7 +235,8 @@ def _write(
     fill: tuple[int, int, int] = _INK,
     anchor: str = "la",
 ) -> None:
-    """Text that is cut off where there is no room."""
+    """Text that is cut off where there is no room, in one line."""
+    text = " ".join(text.split())
     font = _font(size)
     if draw.textlength(text, font) > room:
         while text and draw.textlength(f"{text}...", font) > room:

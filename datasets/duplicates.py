@@ -42,10 +42,19 @@ def find_duplicates(source: Source, work: Path, engine: Engine, progress: bool) 
     What was found is kept in the folder `work`, and taken from there. Raises OSError if the source went away.
     """
     if (work / FILE).exists():
-        return read_record(work / FILE, _Found).first
+        first = read_record(work / FILE, _Found).first
+        if _still_true(source, first, engine, progress):
+            return first
     first = _search(source, engine, progress)
     write_atomically(work / FILE, _Found(first=first).model_dump_json().encode())
     return first
+
+
+def _still_true(source: Source, first: Mapping[int, int], engine: Engine, progress: bool) -> bool:
+    """Whether what was found before an interruption holds: pictures may have been changed since, at the same size."""
+    both = np.array(sorted({*first, *first.values()}), np.int64)
+    whole = _hashes(source, both, hash_whole, "comparing whole files", engine, progress)
+    return all(i in whole and whole[i] == whole.get(kept) for i, kept in first.items())
 
 
 def _search(source: Source, engine: Engine, progress: bool) -> dict[int, int]:

@@ -34,7 +34,7 @@ def parse_labels(data: bytes, origin: Path) -> dict[str, object] | None:
     form = f'{origin} is not of the form {{"labels": [["NAME", CLASS], ...]}}'
     try:
         content = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{form}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(form)
@@ -56,10 +56,16 @@ def _parse_csv(data: bytes, origin: Path) -> dict[str, object]:
         raise ValueError(f"{origin} is not a CSV file in UTF-8: {error}") from None
     if rows and rows[0][0].strip().lower() in ("name", "file", "filename", "file_name", "image", "path", "key"):
         rows = rows[1:]
+    elif len(rows) > 1 and not _is_whole(rows[0]) and all(map(_is_whole, rows[1:])):
+        rows = rows[1:]  # a heading of other words
     bad = next((row for row in rows if len(row) != 2), None)
     if bad is not None or not rows:
         raise ValueError(f"{origin} must have rows of name,label" + (f", not {','.join(bad)!r:.80}" if bad else ""))
     return _collect([(name.strip(), label.strip()) for name, label in rows], origin)
+
+
+def _is_whole(row: Sequence[str]) -> bool:
+    return len(row) == 2 and bool(_WHOLE.match(row[1].strip()))
 
 
 def _collect(pairs: Sequence[Sequence], origin: Path) -> dict[str, object]:

@@ -106,6 +106,16 @@ def _is_held(dest: Path, part: Part) -> bool:
         return True
 
 
+def strange_file(dest: Path) -> Path | None:
+    """A file in DEST/.prepare that no `styleloom prepare` can have put there before it had a plan, if there is one."""
+    folder = dest / WORK
+    names = list(folder.iterdir()) if folder.is_dir() else []
+    ours = (
+        path for path in names if path.name == _DESK or path.name.endswith(TEMPORARY) or _PART_LOCK.match(path.name)
+    )
+    return next(iter(sorted(set(names) - set(ours))), None)
+
+
 def sweep(dest: Path, folders: Iterable[Path], part: Part) -> None:
     """Removes what killed processes of a part were writing. The caller holds the part. folders: of all sizes."""
     for folder in (*folders, dest / WORK):

@@ -23,7 +23,7 @@ import numpy as np
 from . import contact
 from .duplicates import describe, find_duplicates
 from .manifest import FILE, WORK, Manifest, Shard, check_shard, read_manifest, write_atomically, write_manifest
-from .parts import WHOLE, Part, clear, desk, holding, sweep
+from .parts import WHOLE, Part, clear, desk, holding, strange_file, sweep
 from .pictures import Form, check_form
 from .records import REPORT, Look, LookAlikes, Plan, Record, Report, compare, read_record
 from .similar import NEAR, near_pairs
@@ -137,7 +137,10 @@ def _refuse_foreign(dest: Path, source: Source) -> None:
         raise ValueError(f"{dest} is a file: choose another folder")
     # Listed before the plan is looked for: another part may be writing it, and shards after it, just now.
     occupied = dest.exists() and any(path.name != WORK for path in dest.iterdir())
-    if occupied and not (dest / FILE).exists() and not (dest / WORK / _PLAN).exists():
+    begun = (dest / FILE).exists() or (dest / WORK / _PLAN).exists()
+    if not begun and (stranger := strange_file(dest)):
+        raise ValueError(f"{stranger} is not of styleloom prepare: choose another folder")
+    if occupied and not begun:
         raise ValueError(f"{dest} is not empty and not a data set of this kind: choose another folder")
 
 

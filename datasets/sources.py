@@ -9,13 +9,14 @@ import hashlib
 import os
 import zipfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from .labels import class_text, number_classes, parse_labels, read_labels
-from .manifest import FILE, read_manifest
+from .manifest import FILE, WORK, read_manifest
 from .tars import (
     COMPRESSED,
     SUFFIXES,
@@ -28,6 +29,7 @@ from .tars import (
     label_of,
     no_field,
     no_image,
+    printable,
     tar_samples,
 )
 
@@ -180,6 +182,8 @@ def _list(
 
 def own_shards(root: Path, files: Sequence[str]) -> list[str] | None:
     """The tars of a data set that `styleloom prepare` wrote, without those of the smaller sizes; None if it is none."""
+    if (root / WORK / "plan.json").exists():
+        raise ValueError(f"{root} is a data set whose styleloom prepare has not finished: run it again first")
     if FILE not in files:
         return None
     try:
@@ -239,6 +243,8 @@ def _list_tars(
     found: dict[str, object] = {}
     suffixes: list[str] = []
     fields: list[str] = []
+    seen: Counter[str] = Counter()
+    astray = ""  # a label without a picture beside it
     for tar in tars:
         path = folder / tar
         for sample in tar_samples(path, rules.keys, brings_label if with_labels else lambda suffix: False):
@@ -246,17 +252,26 @@ def _list_tars(
             fields = fields or fields_of(sample)
             picture = image_of(sample, rules, f"{path}")
             if picture is None:
+                if with_labels and any(member.suffix.lower().endswith("cls") for member in sample.members):
+                    astray = astray or f"{sample.key} in {tar}"
                 continue
             name = f"{tar}/{picture.name}"
+            seen[name] += 1
+            if seen[name] > 1:  # tars allow that; names tell pictures and their labels apart
+                name += f"#{seen[name]}"
             entries.append(Entry(name, picture.size, archive=str(path), offset=picture.offset))
             label = label_of(sample, picture, tar, rules, given) if with_labels or given is not None else None
             if label is not None:
                 found[name] = label
     if not entries:
         raise ValueError(no_image(f"{root}", suffixes, rules))
+    if astray and not found:
+        raise ValueError(
+            f"the label of {astray} is not next to its picture, and so it is with all: pack the files of each sample "
+            "one after another, or use --labels none"
+        )
     if rules.label_field is not None and not found:
         raise ValueError(no_field(f"{root}", fields, rules))
-    # Stable: samples of one name (which tars allow) stay as they lie in the tar.
     return TarSource(root, sorted(entries, key=lambda entry: entry.name)), found or None
 
 
@@ -278,7 +293,7 @@ def _label(source: Source, raw: Mapping[str, object], origin: str, named: bool =
             f"{len(missing)} of {len(source)} pictures have no label in {origin}, the first is {missing[0]}. "
             "Label them, take them out, or use --labels none."
         )
-    texts = {name: class_text(name, label, origin, named) for name, label in raw.items()}
+    texts = {name: printable(class_text(name, label, origin, named)) for name, label in raw.items()}
     number, names = number_classes(texts.values(), origin, named)
     entries = [entry._replace(label=number[texts[entry.name]]) for entry in source.entries]
     return replace(source, entries=entries, class_names=names)

@@ -105,6 +105,9 @@ def tar_samples(
         yield from tar
     if tar.faults:
         raise ValueError(f"{path} is not a whole tar: {tar.faults[0]}")
+    link = next((f"{name} ({what})" for name, what in tar.skipped if name.lower().endswith(SUFFIXES)), None)
+    if link:
+        raise ValueError(f"{path} holds {link} instead of a picture: pack it with tar -h --hard-dereference")
 
 
 def refuse_compressed(path: Path, name: str | None = None) -> None:
@@ -164,6 +167,8 @@ class TarReader:
             file = cast(BinaryIO, self.file)
             with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
                 while (info := tar.next()) is not None:
+                    if info.size < 0 or tar.offset < info.offset_data:
+                        raise tarfile.ReadError(f"{_name(info)} has a size that cannot be")
                     tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  (it would keep every header)
                     if (named := self._named(info)) is None:
                         continue

@@ -1,5 +1,6 @@
 """Training on shards that lie elsewhere, over servers that fail: the same weights, bit for bit, as from a folder."""
 
+import contextlib
 import multiprocessing
 import shutil
 import signal
@@ -173,6 +174,14 @@ def test_workers_forked_while_a_shard_is_fetched(unlabelled, tmp_path):
     first.close()
 
 
+def kill_sleepers() -> None:
+    """The commands that shards were to come from: they outlive the processes that were killed."""
+    for each in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if each.name() == "sleep" and each.cmdline()[-1:] == ["600"]:
+                each.kill()
+
+
 def test_the_end_does_not_wait_for_a_fetch(unlabelled, tmp_path):
     """Here one that never ends."""
     manifest, cache = read_manifest(unlabelled), (str(tmp_path / "cache"), 10**8)
@@ -188,9 +197,7 @@ def test_the_end_does_not_wait_for_a_fetch(unlabelled, tmp_path):
     stream.close()
     assert not any(worker.is_alive() for worker in workers)
     assert time.monotonic() - began < 60  # torch waits 5 s for each
-    for each in psutil.Process().children(recursive=True):
-        if each.name() == "sleep":
-            each.kill()
+    kill_sleepers()
 
 
 def test_a_signal_ends_the_wait_for_a_shard(unlabelled, arguments, python, tmp_path):
@@ -211,9 +218,7 @@ def test_a_signal_ends_the_wait_for_a_shard(unlabelled, arguments, python, tmp_p
     out, err = process.communicate(timeout=60)
     assert process.returncode == 143, err
     assert "and saved" in out
-    for each in psutil.process_iter():
-        if each.name() == "sleep" and each.cmdline()[-1:] == ["600"]:
-            each.kill()
+    kill_sleepers()
 
 
 def test_what_a_user_can_get_wrong(unlabelled, serve, arguments, refused, tmp_path, monkeypatch):

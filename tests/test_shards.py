@@ -391,3 +391,40 @@ def test_wrong_counts_and_sizes_are_found(data):
     write_manifest(manifest.model_copy(update={"channels": 1}), data)
     assert "stored as RGB, not as L" in faults(data)[0]
     assert len(faults(data)) == manifest.count
+
+
+def test_a_work_folder_of_others_is_left_alone(pictures, tmp_path):
+    (tmp_path / "data" / WORK).mkdir(parents=True)
+    (tmp_path / "data" / WORK / "mine.sh").write_text("mine")
+    with pytest.raises(ValueError, match=r"mine.sh is not of styleloom prepare"):
+        make(pictures, tmp_path / "data")
+    assert (tmp_path / "data" / WORK / "mine.sh").read_text() == "mine"
+
+
+def test_odd_names_of_classes(tmp_path):
+    """A line break, and bytes that are no UTF-8."""
+    for name in (b"c\nd", b"\xff\xfe"):
+        folder = os.fsencode(tmp_path / "pictures") + b"/" + name
+        os.makedirs(folder)
+        Image.new("RGB", (8, 8), (name[0], 0, 0)).save(os.fsdecode(folder) + "/x.png")
+    outcome = make(tmp_path / "pictures", tmp_path / "data", "folders")
+    assert outcome.manifest.class_names == ["\\udcff\\udcfe", "c\nd"]
+
+
+def test_a_duplicate_that_changed_before_a_resumption_is_none_any_more(tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    for name, colour in (("a", 10), ("b", 20), ("c", 10)):
+        image = Image.fromarray(np.full((8, 8, 3), colour, np.uint8))
+        image.save(tmp_path / "pictures" / f"{name}.bmp")
+
+    def stop(task, tick):
+        raise Interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "make_shard", stop)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "pictures", tmp_path / "data", "none")
+    Image.fromarray(np.full((8, 8, 3), 30, np.uint8)).save(tmp_path / "pictures" / "c.bmp")
+    outcome = make(tmp_path / "pictures", tmp_path / "data", "none")
+    assert outcome.manifest.count == 3
+    assert not outcome.report.duplicates

@@ -366,3 +366,76 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     assert names(source) == ["a/2.png", "b/where/1.png", "gone.png"]
     with pytest.raises(ValueError, match="No such file"):
         source.read(2)
+
+
+def tar_of(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    """A tar of members in this order, which may have one name twice."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_samples_of_one_name_keep_their_labels(tmp_path):
+    members = [("a.png", b"1"), ("a.cls", b"0"), ("a.png", b"2"), ("a.cls", b"1"), ("b.png", b"3"), ("b.cls", b"2")]
+    source = open_source(tar_of(tmp_path / "0.tar", members))
+    assert [(read, label) for read, label in zip(contents(source), labels(source), strict=True)] == [
+        (b"1", 0),
+        (b"2", 1),
+        (b"3", 2),
+    ]
+
+
+def test_labels_that_lie_apart_from_their_pictures_are_refused(tmp_path):
+    tar = tar_of(tmp_path / "0.tar", [("a.png", b"1"), ("b.png", b"2"), ("a.cls", b"0"), ("b.cls", b"1")])
+    with pytest.raises(ValueError, match=r"label of a in 0.tar is not next to its picture.*--labels none"):
+        open_source(tar)
+    assert labels(open_source(tar, "none")) == [-1, -1]
+
+
+def test_links_in_the_place_of_pictures_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        info = tarfile.TarInfo("a.png")
+        info.size = 1
+        tar.addfile(info, io.BytesIO(b"1"))
+        info = tarfile.TarInfo("b.png")
+        info.type, info.linkname = tarfile.LNKTYPE, "a.png"
+        tar.addfile(info)
+    with pytest.raises(ValueError, match=r"holds b.png \(a link\) instead of a picture: pack it with tar -h"):
+        open_source(tmp_path / "0.tar")
+
+
+def test_a_size_below_zero_ends_in_a_line(tmp_path):
+    path = tar_of(tmp_path / "0.tar", [("README", b"x"), ("a.png", b"1")])
+    data = bytearray(path.read_bytes())
+    data[124:136] = b"\xff" * 10 + b"\xf0\x00"  # base 256
+    info = bytearray(data[:512])
+    info[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(info)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="README has a size that cannot be"):
+        open_source(path)
+
+
+def test_a_heading_of_any_words(tmp_path):
+    make_folder(tmp_path / "set", {f"{i}.png": b"x" for i in range(12)})
+    rows = ["image_id,class", *(f"{i}.png,{i}" for i in range(12))]
+    (tmp_path / "labels.csv").write_text("\n".join(rows))
+    source = open_source(tmp_path / "set", str(tmp_path / "labels.csv"))
+    assert source.class_names == tuple(map(str, range(12)))
+    assert {entry.name: entry.label for entry in source.entries}["2.png"] == 2
+
+
+def test_label_files_nested_too_deep_end_in_a_line(tmp_path):
+    make_folder(tmp_path / "set", {"a.png": b"x"})
+    (tmp_path / "labels.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="is not of the form"):
+        open_source(tmp_path / "set", str(tmp_path / "labels.json"))
+
+
+def test_a_half_written_data_set_is_no_source(tmp_path):
+    make_folder(tmp_path / "set", {".prepare/plan.json": b"{}", "shard-000000.tar": b""})
+    with pytest.raises(ValueError, match="prepare has not finished"):
+        open_source(tmp_path / "set")
