@@ -21,17 +21,21 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from . import storage
 from .alike import Agreed, Wish, agree, check_wish, differences
-from .labels import number_classes, read_labels
+from .labels import class_text, number_classes, read_labels
 from .listing import Tars, find_tars
 from .manifest import FILE, TEMPORARY, WORK, Manifest, Shard, locked, read_manifest, write_atomically, write_manifest
 from .records import REPORT
 from .scan import Kind, LeftOut, Reading, Record, Task, finished, load_rows, scan_tar
 from .sources import checked_rules
-from .tars import Rules, no_field, no_image
+from .tars import Rules, no_field, no_image, printable
 from .workers import progress_bar, run
 
 _LOCK = "lock"
-_OURS = re.compile(rf"(\.tar\.npy|{re.escape(FILE)}|{re.escape(REPORT)})\.[0-9]+{re.escape(TEMPORARY)}$", re.IGNORECASE)
+_MARKER = "index-only"  # in the work folder: this module made it
+# As manifest.atomic_file names what it writes.
+_OURS = re.compile(
+    rf"(\.tar\.npy|{re.escape(FILE)}|{re.escape(REPORT)})\.[0-9a-f]{{16}}{re.escape(TEMPORARY)}$", re.IGNORECASE
+)
 
 
 class IndexPlan(BaseModel):
@@ -129,7 +133,7 @@ def index_only(
         root="" if in_place else tars.root, tars=tars.digest, **asdict(rules), **asdict(wish),
         labels=Path(labels).name, labels_sha256=reading.labels_sha256,
     )  # fmt: skip
-    if already := _claim(folder, plan, in_place):
+    if already := _claim(folder, plan, tars, in_place):
         return already
     tasks = [
         Task(name, storage.join(tars.root, name), file, reading, folder / WORK) for name, file in tars.files.items()
@@ -139,6 +143,10 @@ def index_only(
         try:
             _scan(tasks, workers, progress)
             return _finish(folder, plan, tasks, wish, os.fspath(src))
+        except ValueError:
+            if not any((folder / WORK).glob("*.json")):
+                _discard(folder)  # nothing in it is of use to another try
+            raise
         finally:
             _sweep(folder)  # a signal to the whole group kills workers before they can clean up
 
@@ -160,24 +168,59 @@ def _folder(dest: str | os.PathLike[str] | None, tars: Tars, src: str) -> Path:
     return Path(tars.root)
 
 
-def _claim(dest: Path, plan: IndexPlan, in_place: bool) -> Indexed | None:
+def _claim(dest: Path, plan: IndexPlan, tars: Tars, in_place: bool) -> Indexed | None:
     """Makes sure that `dest` is ours to write. Returns the outcome if it is complete."""
     if dest.exists() and not dest.is_dir():
         raise ValueError(f"{dest} is a file: choose another folder")
-    if (dest / FILE).exists() or (dest / REPORT).exists():
+    known = (dest / FILE).exists() or (dest / REPORT).exists()
+    if known:
         report = _own_report(dest)
         if (dest / FILE).exists():
-            return _recognise(dest, plan, report)
-    elif (dest / WORK / "plan.json").exists():
-        raise ValueError(f"{dest} holds an unfinished prepare without --index-only: choose another folder")
-    elif not in_place and not (dest / WORK).is_dir() and dest.exists() and any(dest.iterdir()):
-        raise ValueError(f"{dest} is not empty and not a data set of this kind: choose another folder")
+            return _recognise(dest, plan, report, tars)
+    _refuse_work_of_others(dest)
+    begun = (dest / WORK / _MARKER).is_file()
+    if not known and not begun:
+        if not in_place and dest.exists() and any(path.name != WORK for path in dest.iterdir()):
+            raise ValueError(f"{dest} is not empty and not a data set of this kind: choose another folder")
+        _refuse_indices_of_others(dest, tars)
     try:
         (dest / WORK).mkdir(parents=True, exist_ok=True)
+        (dest / WORK / _MARKER).touch()  # lasts over a power cut as soon as a record does, which syncs the folder
     except PermissionError:
         advice = ": say where the index is to be, styleloom prepare --index-only SRC DEST" if in_place else ""
         raise ValueError(f"{dest} cannot be written to{advice}") from None
     return None
+
+
+def _refuse_work_of_others(dest: Path) -> None:
+    """Raises ValueError if there is a work folder that is not ours: ours is swept and removed."""
+    work = dest / WORK
+    if (work / "plan.json").exists():
+        raise ValueError(f"{dest} holds an unfinished prepare without --index-only: choose another folder")
+    if not os.path.lexists(work) or (work / _MARKER).is_file():
+        return
+    if work.is_symlink() or not work.is_dir() or any(work.iterdir()):
+        raise ValueError(f"{dest} holds a folder {WORK} that styleloom did not make: move it, or give another DEST")
+
+
+def _refuse_indices_of_others(dest: Path, tars: Tars) -> None:
+    """Raises ValueError if a file that is not ours has the name of an index: somebody's array, or the index of a data
+    set in a folder below or above."""
+    for name in tars.files:
+        index = dest / f"{name}.npy"
+        if os.path.lexists(index):
+            raise ValueError(f"{index} is there already, and not of this data set: give another folder as DEST")
+
+
+def _discard(dest: Path) -> None:
+    """Removes the work folder, if it is ours. The marker goes last: a kill meanwhile leaves a folder that is known."""
+    work = dest / WORK
+    if not (work / _MARKER).is_file():
+        return
+    for path in work.iterdir():
+        if path.name != _MARKER and not path.is_dir():
+            path.unlink(missing_ok=True)
+    shutil.rmtree(work)
 
 
 def _own_report(dest: Path) -> IndexReport:
@@ -190,7 +233,7 @@ def _own_report(dest: Path) -> IndexReport:
         ) from None
 
 
-def _recognise(dest: Path, plan: IndexPlan, report: IndexReport) -> Indexed:
+def _recognise(dest: Path, plan: IndexPlan, report: IndexReport, tars: Tars) -> Indexed:
     """The outcome recorded in the complete data set `dest`. Raises ValueError if it is another one, or damaged."""
     again = f"To make it anew, delete {dest / FILE} (the tars stay) and run the same command."
     words = {"tars": "other tars, or of other sizes", "root": "the tars lie elsewhere"}
@@ -203,15 +246,33 @@ def _recognise(dest: Path, plan: IndexPlan, report: IndexReport) -> Indexed:
     missing = next((shard.index for shard in manifest.shards if not (dest / shard.index).is_file()), None)
     if missing:
         raise ValueError(f"{dest / missing} is missing.\n{again}")
-    shutil.rmtree(dest / WORK, ignore_errors=True)
+    if changed := _changed(dest, manifest, tars):
+        raise ValueError(f"{changed} changed since it was indexed.\n{again}")
+    _discard(dest)
     return Indexed(manifest, report, dest, already=True)
+
+
+def _changed(dest: Path, manifest: Manifest, tars: Tars) -> Path | None:
+    """The first local tar that is not the one that was indexed; read are only those touched after the manifest."""
+    written = (dest / FILE).stat().st_mtime_ns
+    for shard in manifest.shards:
+        file = tars.files[shard.name]
+        if file is None or file[1] < written:
+            continue
+        path = storage.local_path(storage.join(tars.root, shard.name))
+        with open(path, "rb") as tar:
+            if hashlib.file_digest(tar, "sha256").hexdigest() != shard.sha256:
+                return path
+    return None
 
 
 def _sweep(dest: Path) -> None:
     """Removes what killed processes were writing, and nothing of others: tars may lie here."""
     for folder, _, names in os.walk(dest):
         for name in names:
-            if _OURS.search(name) or (Path(folder) == dest / WORK and not name.endswith((".json", ".npy", _LOCK))):
+            if _OURS.search(name) or (
+                Path(folder) == dest / WORK and not name.endswith((".json", ".npy", _LOCK, _MARKER))
+            ):
                 (Path(folder) / name).unlink(missing_ok=True)
 
 
@@ -238,7 +299,7 @@ def _finish(dest: Path, plan: IndexPlan, tasks: list[Task], wish: Wish, src: str
     where = storage.shown(src) if storage.is_remote(src) else src
     kinds, records = _gather(tasks)
     if not kinds:
-        shutil.rmtree(dest / WORK)  # nothing in it is of use to another try
+        _discard(dest)  # nothing in it is of use to another try
         raise ValueError(_nothing(records, tasks[0].reading.rules, where))
     agreed = agree(kinds, wish, where)
     number, names = _classes(records, tasks[0].reading, where)
@@ -254,7 +315,7 @@ def _finish(dest: Path, plan: IndexPlan, tasks: list[Task], wish: Wish, src: str
     report = _report(plan, records, manifest, differences(kinds), unlabelled if names else 0)
     write_atomically(dest / REPORT, (report.model_dump_json(indent=1) + "\n").encode())
     write_manifest(manifest, dest)
-    shutil.rmtree(dest / WORK)
+    _discard(dest)
     return Indexed(manifest, report, dest, already=False)
 
 
@@ -283,7 +344,7 @@ def _nothing(records: Iterable[Record], rules: Rules, where: str) -> str:
 def _classes(records: list[Record], reading: Reading, where: str) -> tuple[dict[str, int], tuple[str, ...]]:
     """Numbers of the labels, and names of the classes.
 
-    Raises ValueError if a label's number is none of a class, or if labels were asked for and there are none.
+    Raises ValueError if a label is no class, or if labels were asked for and there are none.
     """
     texts = {text for record in records for text in record.labels}
     if reading.labels in ("auto", "none"):
@@ -298,7 +359,12 @@ def _classes(records: list[Record], reading: Reading, where: str) -> tuple[dict[
             "samples are named TAR/FILE, TAR/KEY, FILE or KEY"
         )
     # All of the file, so that other tars with the same file have the same numbers.
-    return number_classes(texts | {str(label) for label in given.values()}, reading.labels)
+    every = {
+        printable(class_text(printable(name), label, reading.labels))
+        for name, label in given.items()
+        if label is not None
+    }
+    return number_classes(texts | every, reading.labels)
 
 
 def _numbered(rows: np.ndarray, record: Record, number: dict[str, int]) -> np.ndarray:

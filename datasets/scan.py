@@ -148,6 +148,8 @@ class Record(BaseModel):
     sha256: str
     images: int
     """In the array."""
+    array_sha256: str
+    """Of the array's file: after a kill between the two writes it may be newer than the record."""
     labels: list[str]
     """The different labels."""
     kinds: list[tuple[Kind, int]]
@@ -209,10 +211,12 @@ def finished(task: Task) -> Record | None:
     """The record of a tar, if it is there, whole, and of the same tar, read in the same way."""
     try:
         record = Record.model_validate_json(task.record.read_bytes())
-        rows = load_rows(task)
-    except (OSError, ValueError):
+        data = task.record.with_suffix(".npy").read_bytes()
+        rows = np.load(io.BytesIO(data), allow_pickle=False)
+    except (OSError, EOFError, ValueError):
         return None
-    same = (record.tar, record.file, record.reading) == (task.tar, task.file, task.reading.digest)
+    there = (record.tar, record.file, record.reading, record.array_sha256)
+    same = there == (task.tar, task.file, task.reading.digest, hashlib.sha256(data).hexdigest())
     return record if same and rows.shape == (record.images, INDEX_COLUMNS) else None
 
 
@@ -237,9 +241,9 @@ def scan_tar(task: Task, tick: Tick) -> Record:
                 tick()
             sha256 = tar.finish()
         size = path.stat().st_size
-    record = tally.record(tar, size, sha256)
     array = io.BytesIO()
     np.save(array, np.array(tally.rows, dtype=np.int64).reshape(-1, INDEX_COLUMNS))
+    record = tally.record(tar, size, sha256, hashlib.sha256(array.getvalue()).hexdigest())
     write_atomically(task.record.with_suffix(".npy"), array.getvalue())
     write_atomically(task.record, record.model_dump_json().encode())
     return record
@@ -307,7 +311,7 @@ class _Tally:
     def leave_out(self, key: str, reason: str) -> None:
         self.left_out.append(LeftOut(tar=self.task.tar, key=printable(key), reason=printable(reason)))
 
-    def record(self, tar: TarReader, size: int, sha256: str) -> Record:
+    def record(self, tar: TarReader, size: int, sha256: str, array_sha256: str) -> Record:
         for name, what in tar.skipped:
             key, suffix = split_name(name, self.reading.rules.keys) or (name, "")
             if may_be_image(suffix, self.reading.rules):
@@ -322,6 +326,7 @@ class _Tally:
             bytes=size,
             sha256=sha256,
             images=len(self.rows),
+            array_sha256=array_sha256,
             labels=list(self.labels),
             kinds=list(self.kinds.items()),
             without_image=self.without_image,

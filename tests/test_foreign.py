@@ -1,5 +1,6 @@
 """datasets/foreign.py: data sets of tars that others wrote, which stay as they are; verified, and streamed."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -23,6 +24,7 @@ from styleloom.datasets.manifest import (
     FILE,
     WORK,
     Manifest,
+    atomic_file,
     content_hash,
     load_index,
     locked,
@@ -505,6 +507,16 @@ class Interrupt(KeyboardInterrupt):
     pass
 
 
+def left_by_a_kill(path: Path) -> None:
+    """Leaves what a process was writing to `path` when it was killed, under the name that it has then."""
+    temporary = path
+    with contextlib.suppress(Interrupt), atomic_file(path) as file:
+        temporary = Path(file.name)
+        raise Interrupt
+    assert temporary != path
+    temporary.write_bytes(b"left by a kill")
+
+
 @pytest.mark.parametrize("call", [1, 2, 5, 6, 7, 9, 10, 11])
 def test_interrupted_anywhere_it_continues(tmp_path, monkeypatch, call):
     """Stops at the n-th rename: two for each record of 3 tars, one for each index, report and manifest."""
@@ -526,8 +538,8 @@ def test_interrupted_anywhere_it_continues(tmp_path, monkeypatch, call):
     with pytest.raises((Interrupt, OSError)):
         index(src)
     monkeypatch.setattr(os, "fsync", fsync)
-    (src / "00000.tar.npy.123.tmp").write_bytes(b"left by a kill")
-    (src / WORK / "x.json.123.tmp").write_bytes(b"left by a kill")
+    for path in (src / "00000.tar.npy", src / FILE, src / "report.json", src / WORK / "x.json"):
+        left_by_a_kill(path)
     with pytest.raises(ValueError, match=r"half-written"):
         read_manifest(src)
     read = []
@@ -591,6 +603,82 @@ def test_files_of_others_are_left_alone(tmp_path):
         index(src, tmp_path / "begun")
 
 
+def test_an_array_of_others_is_not_overwritten(tmp_path):
+    src = make_set(tmp_path / "set")
+    (src / "00001.tar.npy").write_bytes(b"precious")
+    before = tree(src)
+    with pytest.raises(ValueError, match=r"00001\.tar\.npy is there already, .*: give another folder as DEST$"):
+        index(src)
+    assert tree(src) == before
+    assert not (src / WORK).exists()
+    index(src, tmp_path / "data")
+    assert tree(src) == before
+
+
+def test_the_index_of_a_nested_data_set_is_not_overwritten(tmp_path):
+    make_set(tmp_path / "set" / "sub")
+    index(tmp_path / "set" / "sub", labels="none")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=r"sub/00000\.tar\.npy is there already, and not of this data set"):
+        index(tmp_path / "set")
+    assert tree(tmp_path) == before
+
+
+def test_a_work_folder_of_others_is_left_alone(tmp_path):
+    src = make_set(tmp_path / "set")
+    (src / WORK).mkdir()
+    (src / WORK / "thesis.txt").write_text("precious")
+    shutil.copytree(src / WORK, tmp_path / "data" / WORK)
+    before = tree(src)
+    for folder in (src, tmp_path / "data"):
+        with pytest.raises(ValueError, match=r"holds a folder \.prepare that styleloom did not make: move it, or give"):
+            index(src, folder)
+    assert tree(src) == before
+    shutil.rmtree(src / WORK)
+    index(src)
+    shutil.copytree(tmp_path / "data" / WORK, src / WORK)
+    assert index(src).already
+    assert (src / WORK / "thesis.txt").exists()
+
+
+def test_a_tar_that_changed_but_for_its_size(tmp_path):
+    src = make_set(tmp_path / "set")
+    index(src)
+    tar, later = src / "00001.tar", (src / FILE).stat().st_mtime_ns + 10**9
+    os.utime(tar, ns=(later, later))
+    assert index(src).already  # touched only
+    data = bytearray(tar.read_bytes())
+    data[600] ^= 1
+    tar.write_bytes(data)
+    os.utime(tar, ns=(later, later))
+    with pytest.raises(ValueError, match=r"00001\.tar changed since it was indexed\.\nTo make it anew, delete .*json"):
+        index(src)
+    (src / FILE).unlink()  # as was advised
+    index(src)
+    assert verify(src, progress=False) == []
+
+
+def test_a_refusal_leaves_nothing(tmp_path):
+    src = tmp_path / "set"
+    write_tar(src / "a.tar", [("1.jpg", image(1)), ("1.cls", b"0.5")])
+    before = tree(src)
+    with pytest.raises(ValueError, match=r"only classes are supported"):
+        index(src)
+    assert tree(src) == before
+    assert not (src / WORK).exists()
+
+
+def test_labels_of_a_file_that_are_no_classes(tmp_path):
+    src = make_set(tmp_path / "set")
+    labels = tmp_path / "labels.json"
+    for bad in (0.5, [1, 2], True):
+        labels.write_text(json.dumps({"labels": [["000000000.jpg", 1], ["unused.jpg", bad]]}))
+        with pytest.raises(ValueError, match=r"the label of unused.jpg in .*labels.json is .*: only classes"):
+            index(src, tmp_path / "data", labels=str(labels))
+    labels.write_text(json.dumps({"labels": [["000000000.jpg", 1], ["unused.jpg", None]]}))
+    assert index(src, tmp_path / "data", labels=str(labels)).manifest.class_names == ["0", "1"]
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs permissions")
 def test_a_folder_that_cannot_be_written_to(tmp_path):
     src = make_set(tmp_path / "set")
@@ -603,6 +691,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 def test_two_at_once_are_refused(tmp_path):
     src = make_set(tmp_path / "set")
     (src / WORK).mkdir()
+    (src / WORK / "index-only").touch()
     with locked(src / WORK / "lock", "held"), pytest.raises(ValueError, match=r"another styleloom prepare is writing"):
         index(src)
 

@@ -2,7 +2,9 @@
 
 import io
 import struct
+import tarfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from PIL import Image, ImageCms
 
 from styleloom.datasets.decode import decode
 from styleloom.datasets.pictures import Form, conform
-from styleloom.datasets.scan import Kind, judge
+from styleloom.datasets.scan import Kind, Reading, Task, finished, judge, scan_tar
+from styleloom.datasets.tars import Rules
 
 WIDTH, HEIGHT = 10, 6
 
@@ -152,3 +155,25 @@ def test_floating_point_pixels():
 def test_only_the_header_is_read():
     data = encoded("RGB", "JPEG")
     assert judge(data[:-20]) == judge(data)
+
+
+def scanned(path: Path, data: bytes) -> Task:
+    """A tar of one image, read."""
+    with tarfile.open(path, "w") as tar:
+        info = tarfile.TarInfo("1.png")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    task = Task(path.name, str(path), None, Reading(Rules(), "auto"), path.parent)
+    scan_tar(task, lambda *_: None)
+    return task
+
+
+def test_a_record_of_another_array(tmp_path):
+    """As a kill leaves it that came between the two: the array is replaced first."""
+    task = scanned(tmp_path / "a.tar", encoded("RGB", "PNG"))
+    assert finished(task) is not None
+    old = task.record.read_bytes()
+    scanned(tmp_path / "a.tar", encoded("L", "PNG"))
+    assert finished(task) is not None
+    task.record.write_bytes(old)
+    assert finished(task) is None
