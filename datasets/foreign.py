@@ -256,7 +256,7 @@ def _changed(dest: Path, manifest: Manifest, tars: Tars) -> Path | None:
     """The first local tar that is not the one that was indexed; read are only those touched after the manifest."""
     written = (dest / FILE).stat().st_mtime_ns
     for shard in manifest.shards:
-        file = tars.files[shard.name]
+        file = tars.files.get(shard.name)
         if file is None or file[1] < written:
             continue
         path = storage.local_path(storage.join(tars.root, shard.name))
