@@ -52,12 +52,22 @@ class View:
     mirror: bool
     encoded: bool
     """Deliver the images as they are stored."""
-    for_device: bool = False
+    for_device: bool
     """... to be decoded a batch at a time elsewhere, where one that fails would fail them all."""
 
 
-def make_view(manifest: Manifest, reduce: int, labelled: bool, mirror: bool, encoded: bool) -> View:
-    """How a data set's samples are delivered. Raises ValueError if the size does not divide by `reduce`."""
+def make_view(
+    manifest: Manifest,
+    reduce: int = 1,
+    labelled: bool = False,
+    mirror: bool = False,
+    encoded: bool = False,
+    for_device: bool = False,
+) -> View:
+    """How a data set's samples are delivered; the arguments are those of `stream.batches` and the fields of `View`.
+
+    Raises ValueError if the size does not divide by `reduce`.
+    """
     m = manifest
     if reduce < 1 or reduce & (reduce - 1) or m.width % reduce or m.height % reduce:
         raise ValueError(
@@ -67,7 +77,7 @@ def make_view(manifest: Manifest, reduce: int, labelled: bool, mirror: bool, enc
     form = None
     if m.conform:
         form = Form(width, height, m.channels, "png", None, m.resize, m.background)
-    return View(width, height, m.channels, m.codec, form, m.classes if labelled else 0, mirror, encoded)
+    return View(width, height, m.channels, m.codec, form, m.classes if labelled else 0, mirror, encoded, for_device)
 
 
 class Slots:

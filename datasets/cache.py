@@ -24,8 +24,9 @@ _PART, _PROMISE = ".part", ".promise"
 def default_folder() -> Path:
     """STYLELOOM_CACHE/shards, or else $XDG_CACHE_HOME/styleloom/shards, by default ~/.cache/styleloom/shards."""
     if named := os.environ.get("STYLELOOM_CACHE"):
-        return Path(named) / "shards"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "styleloom" / "shards"
+        return Path(named).expanduser().absolute() / "shards"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base).absolute() / "styleloom" / "shards"
 
 
 class Cache:

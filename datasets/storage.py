@@ -42,6 +42,7 @@ Result = TypeVar("Result")
 
 
 def always() -> bool:
+    """What `wanted` is by default: a file is wanted until it is there."""
     return True
 
 
@@ -197,6 +198,7 @@ class _FullError(Exception):
 
 
 def _write(file: BinaryIO, block: bytes) -> None:
+    """Writes a block; an empty one writes what is buffered yet."""
     try:
         file.write(block)
         if not block:

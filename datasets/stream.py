@@ -19,7 +19,7 @@ import os
 import signal
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -186,13 +186,10 @@ def batches(
     order = Order([s.count for s in manifest.shards], seed, window)
     if device is not None:
         check_decodes_on_device(manifest, reduce)
-    view = make_view(manifest, reduce, labelled, mirror, encoded=not decode or device is not None)
-    view = replace(view, for_device=device is not None)
-    slots = (
-        Slots(workers, (batch // world, view.height, view.width, view.channels))
-        if workers and not view.encoded
-        else None
-    )
+    for_device = device is not None
+    view = make_view(manifest, reduce, labelled, mirror, encoded=for_device or not decode, for_device=for_device)
+    shape = (batch // world, view.height, view.width, view.channels)
+    slots = Slots(workers, shape) if workers and not view.encoded else None
     pipeline = DataPipeline(
         Records(reader, order, start, batch, rank, world, prefetch),
         map_samples(Assembler(reader, order, view, slots)),

@@ -10,6 +10,7 @@ import http.client
 import socket
 import struct
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -127,6 +128,8 @@ def reply(
     if fault == "refuse":
         return  # closed without an answer
     length = len(body) if length is None else length
+    if fault == "stall":
+        time.sleep(1)  # longer than the test has patience
     if fault == "wrong":
         body = bytes(len(body))
     elif fault == "flip":

@@ -119,6 +119,14 @@ def test_the_file_is_whole_whatever_the_server_does(serve, folder, tmp_path, fau
     assert all("trying again in" in line for line in lines)
 
 
+def test_a_server_that_stalls(serve, folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(storage, "TIMEOUT", (5, 0.2))
+    with serve(folder, lambda path: ["stall", "stall"]) as server:
+        fetch(join(server.url, "a.tar"), tmp_path / "got", len(DATA), SHA)
+    assert (tmp_path / "got").read_bytes() == DATA
+    assert capfd.readouterr().err.count("timed out") == 2
+
+
 def test_a_broken_connection_is_taken_up_where_it_broke(serve, folder, tmp_path):
     with serve(folder, lambda path: ("short", "short")) as server:
         fetch(join(server.url, "a.tar"), tmp_path / "got", len(DATA), SHA)

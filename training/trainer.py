@@ -339,7 +339,7 @@ def open_data(run: Run, team: Team) -> Opened:
                 f"data.labels asks for a class-conditional run, but {run.data.path} has no labels: "
                 "prepare it with --labels, or leave data.labels out"
             )
-        make_view(opened.manifest, opened.reduce, False, False, False)
+        make_view(opened.manifest, opened.reduce)
         if run.data.decoder == "gpu":
             if team.device.type != "cuda":
                 raise ValueError("data.decoder gpu needs a CUDA device: leave it out")
