@@ -18,6 +18,7 @@ from tqdm import tqdm
 from styleloom.scripts.bench_ops import counted, plain
 from styleloom.training import recipes
 from styleloom.training.config import Run
+from styleloom.training.distributed import Replicated, Team
 from styleloom.training.draws import Draws
 from styleloom.training.loop import peak_memory
 from styleloom.training.phases import Batch, Phase, run_phase
@@ -37,6 +38,8 @@ def measure(run: Run, size: int, device: torch.device, rounds: int, rate: float,
     """
     before = resident() if device.type == "cpu" else peak_memory(device)
     recipe = recipes.build(run, size, size, 3, [], device)
+    team = Team()
+    updaters = {name: Replicated(team, recipe.networks[name], x) for name, x in recipe.optimizers.items()}
     flops = {phase.name: count(phase, recipe, size) for phase in recipe.phases}
     reals = torch.rand(run.batch, 3, size, size, device=device) * 2 - 1
     best: dict[str, tuple[float, float]] = {}
@@ -45,7 +48,7 @@ def measure(run: Run, size: int, device: torch.device, rounds: int, rate: float,
     for i in range(rounds + 1):
         for phase in recipe.phases:
             batch = Batch(reals[: phase.batch], reals.new_zeros(phase.batch, 0), _draws(phase, run, device, i))
-            step = partial(run_phase, phase, recipe.networks, recipe.optimizers[phase.trains], [batch], None)
+            step = partial(run_phase, phase, recipe.networks, updaters[phase.trains], [batch])
             took = _time(step, device)
             if device.type == "cuda":
                 peaks[phase.name] = max(peaks[phase.name], peak_memory(device))

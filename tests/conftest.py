@@ -261,10 +261,16 @@ def two_ranks(tmp_path_factory, unlabelled, labelled, arguments, settings, pytho
     root = tmp_path_factory.mktemp("two_ranks")
     (root / "runs").mkdir()
     long = ["--total-kimg=0.096", "--keep-checkpoints=9"]
+    zero = ["--parallel.strategy=deepspeed"]
     runs = {
         "gradients": settings(unlabelled, ""),
         "labelled": settings(labelled, "", "--data.labels"),
         "few": settings(unlabelled, "", "--recipe.pl-batch-shrink=4"),
+        "buckets": settings(unlabelled, "", "--parallel.overlap=on", "--parallel.bucket-mb=0.002"),
+        **{f"zero{stage}": settings(unlabelled, "", *zero, f"--parallel.zero-stage={stage}") for stage in range(3)},
+        "zero1-passes": settings(unlabelled, "", *zero, "--batch=8", "--passes=2"),
+        "zero2-few": settings(unlabelled, "", *zero, "--parallel.zero-stage=2", "--recipe.pl-batch-shrink=4"),
+        "zero1-bf16": settings(unlabelled, "", *zero, "--precision=bf16"),
         "whole": settings(unlabelled, root / "whole", *long),
         "killed": settings(unlabelled, root / "killed", *long),
         "stopped": settings(unlabelled, root / "stopped", "--total-kimg=9"),
@@ -275,7 +281,7 @@ def two_ranks(tmp_path_factory, unlabelled, labelled, arguments, settings, pytho
     kill(python("-m", "styleloom.scripts.train", *command, ranks=2), root / "killed")
     process = python(Path(__file__).with_name("two_ranks.py"), root, root / "runs", ranks=2)
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=180)
     except subprocess.TimeoutExpired:
         for each in [*psutil.Process(process.pid).children(recursive=True), process]:
             each.kill()

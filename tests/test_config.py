@@ -131,10 +131,18 @@ def test_free_fields_exist_and_may_change():
         "out": "there",
         "passes": 2,
         "recompute": True,
+        "parallel.strategy": "deepspeed",
+        "parallel.zero_stage": 2,
+        "parallel.overlap": "off",
     }
     new = changed(old, **{name.replace(".", "__"): values.get(name, 7) for name in FREE})
     assert {name for name in flat(old) if flat(old)[name] != flat(new)[name]} == FREE
     assert protected_differences(old, new) == []
+
+
+def test_zero_stage_3_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"ZeRO stage 3 .* cannot differentiate through them twice"):
+        changed(Run(), parallel__strategy="deepspeed", parallel__zero_stage=3)
 
 
 def test_durations_cadences_and_paths_are_free():

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from styleloom.training.distributed import Team
+from styleloom.training.distributed import Replicated, Team, buckets, count_nonfinite
 
 
 @pytest.fixture(params=[0, 1])
@@ -56,3 +56,65 @@ def test_processes_that_were_launched_but_did_not_join_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"2 processes were launched but only 1 joined.*ACCELERATE_USE_CPU=true"):
         Team()
+
+
+def test_buckets_keep_the_order_and_are_full():
+    parameters = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 1, 10, 2, 2, 1)]
+    assert [[p.numel() for p in bucket] for bucket in buckets(parameters, 16)] == [[3, 1], [10], [2, 2], [1]]
+    assert buckets(parameters, 0) == [parameters]
+
+
+def test_count_nonfinite_counts_elements():
+    x = torch.tensor([1.0, float("nan"), float("inf")])
+    assert count_nonfinite([x, None], [torch.tensor([float("-inf"), 0.0])]) == 3
+    assert count_nonfinite([None], []) == 0  # nothing to count
+    assert count_nonfinite([torch.tensor([3e38, -3e38, 3e38])]) == 0  # finite, though their sum is not
+
+
+def make_updater():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = torch.optim.Adam(network.parameters(), lr=0.1, betas=(0.0, 0.9))
+    return network, Replicated(Team(), network, optimizer)
+
+
+def step(network, updater, only_first=False):
+    updater.clear()
+    x = network[0](torch.ones(5, 3)) if only_first else network(torch.ones(5, 3))
+    updater.add(x.square().sum(), last=True)
+    assert updater.reduce([]) == 0
+    updater.step()
+
+
+def test_an_optimizer_goes_on_as_if_it_had_never_stopped():
+    network, updater = make_updater()
+    step(network, updater)
+    step(network, updater, only_first=True)
+    state = {name: x.clone() for name, x in updater.state().items()}
+    assert sorted(state)[:3] == ["0.bias:exp_avg", "0.bias:exp_avg_sq", "0.bias:step"]
+    assert (state["0.bias:step"], state["1.bias:step"]) == (2, 1)
+    other, fresh = make_updater()
+    step(other, fresh)  # leaves a state that has to go
+    other.load_state_dict(network.state_dict())
+    fresh.load(state)
+    for _ in range(2):
+        step(network, updater)
+        step(other, fresh)
+    for a, b in zip(network.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_optimizer_that_never_stepped_has_no_state():
+    network, updater = make_updater()
+    assert updater.state() == {}
+    step(network, updater)
+    updater.load({})
+    assert updater.state() == {}
+
+
+def test_restored_optimizer_state_lies_where_its_parameter_does():
+    """A fused optimizer on a GPU needs its step count there; `meta` stands in for the GPU."""
+    network = torch.nn.Linear(2, 2, device="meta")
+    updater = Replicated(Team(), network, torch.optim.Adam(network.parameters()))
+    updater.load({"weight:step": torch.tensor(3.0), "weight:exp_avg": torch.zeros(2, 2)})
+    assert {x.device.type for x in updater.optimizer.state[network.weight].values()} == {"meta"}

@@ -14,10 +14,14 @@ NARROW = {
     "training/ema.py": set(),
     "training/report.py": set(),
     "training/draws.py": set(),
-    "training/distributed.py": set(),
+    "training/distributed.py": {"training.watchdog"},
+    "training/watchdog.py": set(),
+    "training/agreement.py": set(),
+    "training/metrics.py": set(),
+    "training/saver.py": {"training.checkpoint"},
     "training/networks/layers.py": {"ops"},
     "training/networks/stylegan2.py": {"ops", "training.networks.layers"},
-    "training/phases.py": {"training.draws", "training.report"},
+    "training/phases.py": {"training.distributed", "training.draws", "training.report"},
 }
 SEES_RUN = {"config", "schedule", "networks/__init__", "checkpoint", "loop", "trainer", "dryrun"}
 

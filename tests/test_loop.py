@@ -329,7 +329,7 @@ def test_a_finished_run_says_so(copy, whole, unlabelled, arguments, call):
 
 def test_a_full_disk_ends_in_a_line_and_loses_nothing(copy, unlabelled, arguments, refused, monkeypatch):
     earlier = complete(copy / "checkpoints")
-    monkeypatch.setattr("styleloom.training.checkpoint.to_bytes", lambda tensors: _full())
+    monkeypatch.setattr("styleloom.training.checkpoint.write_tensors", lambda *_: _full())
     complaint = refused(train.main, *arguments(unlabelled, copy, *LONG, "--total-kimg=0.2"))
     assert "No space left on device" in complaint
     assert "checkpoints/nimg-000000100" in complaint
@@ -379,15 +379,35 @@ def test_another_data_set_is_refused(copy, labelled, arguments, refused):
     assert f"the data set at {labelled} is not the one that the run in {copy} began with" in complaint
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_serves(copy, whole, unlabelled, arguments, refused):
+def flip(path: Path, at: int = -5) -> None:
+    """One bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("fault", ["cut", "flipped", "missing"])
+def test_the_checkpoint_before_a_damaged_one_serves(copy, whole, unlabelled, arguments, capsys, fault):
     newest = complete(copy / "checkpoints")[-1]
-    (newest / "optimizer_D.safetensors").unlink()
-    complaint = refused(train.main, *arguments(unlabelled, copy, *LONG))
-    assert f"the checkpoint {newest} is damaged" in complaint
-    assert "Move that folder away" in complaint
-    shutil.rmtree(newest)
+    file = newest / "optimizer_D.safetensors"
+    {"cut": lambda: os.truncate(file, 99), "flipped": lambda: flip(file), "missing": file.unlink}[fault]()
     assert train.main(arguments(unlabelled, copy, *LONG)) == 0
+    out, err = capsys.readouterr()
+    assert f"the checkpoint {newest} is damaged (" in err
+    assert "optimizer_D.safetensors" in err
+    assert "going back to nimg-000000080" in err
+    assert f"Going on from {copy / 'checkpoints' / 'nimg-000000080'}" in out
+    assert (copy / "checkpoints" / f"{newest.name}.damaged").is_dir()
     assert_same_run(copy, whole)
+
+
+def test_where_all_checkpoints_are_damaged_no_new_run_begins(copy, unlabelled, arguments, refused):
+    for folder in complete(copy / "checkpoints"):
+        flip(folder / "G.safetensors")
+    before = sorted(path for path in copy.rglob("*"))
+    complaint = refused(train.main, *arguments(unlabelled, copy, *LONG))
+    assert f"no checkpoint in {copy / 'checkpoints'} can be read" in complaint
+    assert sorted(path for path in copy.rglob("*")) == before
 
 
 # Beginning from a snapshot
@@ -478,9 +498,10 @@ def test_a_second_training_in_the_same_folder_is_refused(copy, unlabelled, argum
 def test_processes_that_see_other_checkpoints_are_refused(copy, unlabelled, settings, monkeypatch):
     team = Team()
     elsewhere = (0, read_manifest(unlabelled).hash)  # what a node with a folder of its own would begin with
-    monkeypatch.setattr(team, "gather", lambda mine: [*mine, elsewhere] if isinstance(mine[0], tuple) else mine)
+    training = Training(settings(unlabelled, copy, *LONG), team)
+    monkeypatch.setattr(team, "gather", lambda mine: [*mine, elsewhere])
     with pytest.raises(ValueError, match="folders that all nodes share"):
-        Training(settings(unlabelled, copy, *LONG), team).begin()
+        training.begin()
 
 
 def test_passes_may_change_on_resume(copy, unlabelled, arguments):

@@ -5,6 +5,7 @@ import torch
 
 from styleloom.training import losses, report
 from styleloom.training.config import Run, StyleGAN2Network, StyleGAN2Recipe
+from styleloom.training.distributed import Replicated, Team
 from styleloom.training.draws import Draws
 from styleloom.training.networks import build as build_networks
 from styleloom.training.phases import Batch, run_phase
@@ -28,6 +29,10 @@ def batch_of(recipe, purpose, n=4, seed=0):
     images = torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
     labels = torch.eye(recipe.c_dim)[torch.arange(n) % max(recipe.c_dim, 1)] if recipe.c_dim else torch.zeros(n, 0)
     return Batch(images, labels, Draws(seed, purpose, range(n)))
+
+
+def updater(recipe, name):
+    return Replicated(Team(), recipe.networks[name], recipe.optimizers[name])
 
 
 def phase_of(recipe, name):
@@ -199,7 +204,7 @@ def test_a_phase_changes_its_own_network_only(ops_path, name):
     phase = phase_of(r, name)
     before = {key: [p.clone() for p in net.parameters()] for key, net in r.networks.items()}
     batch = batch_of(r, name, phase.batch)
-    assert run_phase(phase, r.networks, r.optimizers[phase.trains], [batch], lambda flat: flat)
+    assert run_phase(phase, r.networks, updater(r, phase.trains), [batch])
     changed = {
         key: any(not torch.equal(a, b) for a, b in zip(before[key], net.parameters(), strict=True))
         for key, net in r.networks.items()
@@ -217,7 +222,7 @@ def test_pl_mean_moves_by_its_decay_towards_the_batch():
 def test_path_length_phase_updates_pl_mean():
     r = recipe(pl_batch_shrink=1)
     lengths = r.g_path_length(batch_of(r, "Gpl")).statistics["length"]
-    run_phase(phase_of(r, "Gpl"), r.networks, r.optimizers["G"], [batch_of(r, "Gpl")], lambda flat: flat)
+    run_phase(phase_of(r, "Gpl"), r.networks, updater(r, "G"), [batch_of(r, "Gpl")])
     torch.testing.assert_close(r.pl_mean, 0.01 * lengths.mean().detach())
 
 
@@ -225,7 +230,7 @@ def test_generator_phase_updates_w_avg():
     r = recipe(w_avg_beta=0.995)
     r.G.mapping.w_avg.fill_(1.0)
     w = r.g_main(batch_of(r, "Gmain")).statistics["w"].detach()
-    run_phase(phase_of(r, "Gmain"), r.networks, r.optimizers["G"], [batch_of(r, "Gmain")], lambda flat: flat)
+    run_phase(phase_of(r, "Gmain"), r.networks, updater(r, "G"), [batch_of(r, "Gmain")])
     torch.testing.assert_close(r.G.mapping.w_avg, 0.995 + 0.005 * w.mean(dim=0))
 
 

@@ -20,6 +20,7 @@ from styleloom.training.distributed import Team
 from styleloom.training.loop import train
 from styleloom.training.phases import run_phase
 from styleloom.training.trainer import Training
+from styleloom.training.watchdog import Place
 
 
 class Alone:
@@ -27,6 +28,9 @@ class Alone:
 
     rank, world, local_rank, local_world, main = 0, 1, 0, 1, True
     device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.place = Place()
 
     def sum_(self, x: Tensor) -> Tensor:
         return x
@@ -38,50 +42,47 @@ class Alone:
         return objects
 
 
-def in_double(run: Run, team) -> Training:
-    """A training in float64 whose parameters are all away from 0, so that no gradient vanishes by chance."""
+def away_from_zero(run: Run, team, dtype: torch.dtype) -> Training:
+    """A training at 8 images whose parameters are all away from 0, so that no gradient vanishes by chance."""
     training = Training(run, team)
-    training.recipe.pl_mean = training.recipe.pl_mean.double().fill_(0.3)
+    training.recipe.pl_mean = training.recipe.pl_mean.to(dtype).fill_(0.3)
     generator = torch.Generator().manual_seed(1)
     for network in training.recipe.networks.values():
-        network.double()
+        network.to(dtype)
         for parameter in network.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.data += 0.1 * noise
-    training.nimg = 8  # not at the beginning
+            parameter.data += 0.1 * noise.to(dtype)
+    training.begin()
+    training.nimg = 8
     return training
 
 
-def phase_results(run: Run, team, spoil: bool = False) -> dict[str, Tensor]:
-    """Of every phase: PHASE/NETWORK.PARAMETER -> the gradient, and what the phase leaves in the recipe.
+def phase_results(run: Run, team, dtype: torch.dtype = torch.float64, spoil: bool = False) -> dict[str, Tensor]:
+    """Of every phase, after its step: PHASE/NETWORK.PARAMETER:KEY -> the optimizer's state (exp_avg is the gradient, as
+    beta1 is 0), PHASE/NETWORK.PARAMETER -> the weights, and what it leaves in the recipe.
 
     spoil: one pixel that only the last rank sees is not a number.
     """
-    training = in_double(run, team)
+    training = away_from_zero(run, team, dtype)
     reals, classes = training.to_device(*next(training.stream()))
-    reals = reals.double()
+    reals = reals.to(dtype)
     if spoil and team.rank == team.world - 1:
         reals[-1, 0, 3, 3] = float("nan")
     out = {}
     for phase in training.recipe.phases:
-        networks = training.recipe.networks
-        before = {name: x.clone() for name, x in networks[phase.trains].state_dict().items()}
-        optimizer = training.recipe.optimizers[phase.trains]
+        network = training.recipe.networks[phase.trains]
+        before = {name: x.clone() for name, x in network.state_dict().items()}
+        updater = training.updaters[phase.trains]
         passes = training.passes(phase, reals, classes)
         report.Report.load_state_dict({})
-        stepped = run_phase(phase, networks, optimizer, passes, team.sum_)
-        found = {
-            f"{phase.trains}.{name}": p.grad
-            for name, p in networks[phase.trains].named_parameters()
-            if p.grad is not None
-        }
+        stepped = run_phase(phase, training.recipe.networks, updater, passes)
+        weights = network.state_dict()
+        found = {f"{phase.trains}.{name}": x for name, x in [*updater.state().items(), *weights.items()]}
         found |= {
             "stepped": torch.tensor(stepped),
             "rows": torch.tensor([len(part) for part in passes]),
             "bad": report.Report.state_dict()[f"nonfinite/{phase.name}"],
-            "changed": torch.tensor(
-                any(not torch.equal(x, before[name]) for name, x in networks[phase.trains].state_dict().items())
-            ),
+            "changed": torch.tensor(any(not torch.equal(x, before[name]) for name, x in weights.items())),
             "w_avg": training.recipe.G.mapping.w_avg,
             "pl_mean": training.recipe.pl_mean,
         }
@@ -90,11 +91,13 @@ def phase_results(run: Run, team, spoil: bool = False) -> dict[str, Tensor]:
     return out
 
 
-def gradients(results: Path, name: str, run: Run, team: Team, spoil: bool = False) -> None:
+def gradients(
+    results: Path, name: str, run: Run, team: Team, dtype: torch.dtype = torch.float64, spoil: bool = False
+) -> None:
     """Files NAME-2-RANK of both ranks, and NAME-1 of the same work done alone."""
-    save_file(phase_results(run, team, spoil), results / f"{name}-2-{team.rank}.safetensors")
+    save_file(phase_results(run, team, dtype, spoil), results / f"{name}-2-{team.rank}.safetensors")
     if team.main:
-        save_file(phase_results(run, Alone(), spoil), results / f"{name}-1.safetensors")
+        save_file(phase_results(run, Alone(), dtype, spoil), results / f"{name}-1.safetensors")
 
 
 def sums(results: Path, team: Team) -> None:
@@ -139,6 +142,12 @@ def main(results: Path, runs: Path) -> None:
         "labelled": lambda: gradients(results, "labelled", run("labelled"), team),
         "few": lambda: gradients(results, "few", run("few"), team),
         "spoilt": lambda: gradients(results, "spoilt", run("gradients"), team, spoil=True),
+        "buckets": lambda: gradients(results, "buckets", run("buckets"), team),
+        **{
+            name: lambda name=name: gradients(results, name, run(name), team, torch.float32)
+            for name in ("zero0", "zero1", "zero2", "zero1-passes", "zero2-few", "zero1-bf16")
+        },
+        "zero1-spoilt": lambda: gradients(results, "zero1-spoilt", run("zero1"), team, torch.float32, spoil=True),
         "whole": lambda: train(run("whole"), team),
         "resumed": lambda: train(run("killed"), team),
         "stopped": lambda: stopped(results, run("stopped"), team),

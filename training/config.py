@@ -98,6 +98,34 @@ class Ema(Section):
     """Limit the half-life to this fraction of the images shown so far."""
 
 
+class Parallel(Section):
+    strategy: Literal["accelerate", "deepspeed"] = "accelerate"
+    """How gradients become steps on several processes. accelerate: every process holds all, one flat all-reduce a
+    phase. deepspeed: its engines divide the optimizers' state; worth it from some hundred million parameters on."""
+    zero_stage: int = Field(default=1, ge=0)
+    """With deepspeed, what is divided over the processes: 0 nothing, 1 the optimizers' state, 2 also gradients between
+    backward pass and step."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """With accelerate, sum gradients in buckets while the backward pass still computes others; auto: on several
+    nodes, where links are slow."""
+    bucket_mb: float = Field(default=16.0, gt=0)
+    """Size of such a bucket, in 10^6 bytes."""
+    watchdog_s: float = Field(default=900.0, ge=0)
+    """Seconds after which processes that wait for one another in vain end, and say which of them hangs and where; 0:
+    never."""
+    grace_s: float = Field(default=0.0, ge=0)
+    """Seconds from SIGTERM to the end, saving included, that the scheduler grants; 0: as long as it takes."""
+
+    @model_validator(mode="after")
+    def _can(self) -> "Parallel":
+        if self.zero_stage > 2:
+            raise ValueError(
+                "ZeRO stage 3 divides the parameters themselves, and its engine cannot differentiate through them "
+                "twice, as R1 and path lengths do: take parallel.zero_stage 0, 1 or 2"
+            )
+        return self
+
+
 class Run(Section):
     preset: str = "custom"
     """The preset that this run began as."""
@@ -105,6 +133,7 @@ class Run(Section):
     network: StyleGAN2Network = StyleGAN2Network()
     recipe: StyleGAN2Recipe = StyleGAN2Recipe()
     ema: Ema = Ema()
+    parallel: Parallel = Parallel()
     out: str = ""
     """The folder of the run; a folder that holds a run goes on from its newest checkpoint."""
     init: str = ""
@@ -129,7 +158,11 @@ class Run(Section):
     snapshot_kimg: float = Field(default=200.0, gt=0)
     """Generator snapshot and sample grid every so many thousand images."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Checkpoints to keep, the newest ones."""
+    """Checkpoints to keep, the newest ones ..."""
+    keep_every_kimg: float = Field(default=0.0, ge=0)
+    """... and for ever the first one at or after every so many thousand images; 0: none."""
+    keep_snapshots: int = Field(default=0, ge=0)
+    """Snapshots to keep, the newest ones and the best; 0: all."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Run":
@@ -146,6 +179,8 @@ class Run(Section):
 FREE = {
     "preset", "data.path", "data.workers", "data.verify", "data.cache", "data.cache_gb", "data.max_bad", "out",
     "passes", "recompute", "total_kimg", "tick_kimg", "checkpoint_kimg", "snapshot_kimg", "keep_checkpoints",
+    "keep_every_kimg", "keep_snapshots", "parallel.strategy", "parallel.zero_stage", "parallel.overlap",
+    "parallel.bucket_mb", "parallel.watchdog_s", "parallel.grace_s",
 }  # fmt: skip
 
 

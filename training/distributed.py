@@ -1,18 +1,31 @@
-"""Processes and devices. The only file that imports accelerate (and, later, deepspeed)."""
+"""Processes, devices, and how a network's gradient becomes a step. The only file that imports accelerate or deepspeed.
 
+Two strategies behind one interface (`Updater`): `Replicated`, in Accelerate's process group, and `Divided`, in
+DeepSpeed's engines. Both leave the networks bare: a phase calls them as it likes, and differentiates them twice.
+"""
+
+import contextlib
 import datetime
+import logging
 import os
 import warnings
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, gather_object
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .watchdog import Place
+
+State = dict[str, Tensor]
 
 
 class Team:
-    """The processes that train together, one device each. Networks are not wrapped: gradients are summed by `sum_`."""
+    """The processes that train together, one device each."""
 
     def __init__(self) -> None:
         cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
@@ -33,12 +46,29 @@ class Team:
         self.local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or self.world)
         self.local_rank = int(os.environ.get("LOCAL_RANK") or self.rank)
         self.main: bool = self.accelerator.is_main_process
+        self.place = Place()
+        """What this process is doing, for the watchdog's message."""
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what every process takes part in. Raises ConnectionError if one of them is gone."""
+        try:
+            with self.place.waiting():
+                yield
+        except RuntimeError as error:  # gloo's are plain ones
+            if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
+                raise ConnectionError(
+                    f"process {self.rank} lost touch with the others ({' '.join(str(error).split())[-120:]}). One of "
+                    "them ended: what it said comes first. The same command goes on from the last checkpoint."
+                ) from None
+            raise
 
     def sum_(self, x: Tensor) -> Tensor:
         """Sum over all processes of a tensor of the same shape everywhere."""
         if self.world == 1:
             return x
-        return self.accelerator.reduce(x, "sum")  # type: ignore[return-value]
+        with self.together():
+            return self.accelerator.reduce(x, "sum")  # type: ignore[return-value]
 
     def totals(self, *values: float) -> list[float]:
         """The sum of each value over all processes."""
@@ -59,12 +89,328 @@ class Team:
 
     def gather(self, objects: list[Any]) -> list[Any]:
         """The concatenation over all processes of lists of picklable objects."""
-        return objects if self.world == 1 else gather_object(objects)
+        if self.world == 1:
+            return objects
+        with self.together():
+            return gather_object(objects)
 
     def wait(self) -> None:
         """Returns once every process has come here."""
-        self.accelerator.wait_for_everyone()
+        with self.together():
+            self.accelerator.wait_for_everyone()
 
     def close(self) -> None:
         """Leaves the process group."""
         self.accelerator.end_training()
+
+
+class Updater(Protocol):
+    """Makes steps of one network's optimizer with the gradient of the global batch.
+
+    A step: `clear`, `add` for each pass, `reduce` once, then `step`, or nothing if the gradient was bad.
+    """
+
+    def clear(self) -> None:
+        """Forgets the gradient."""
+        ...
+
+    def add(self, loss: Tensor | None, last: bool) -> None:
+        """Adds the gradient of a pass's loss (a scalar; None: this process has no images in it). last: of the step."""
+        ...
+
+    def reduce(self, others: list[Tensor]) -> int:
+        """Sums the gradient, and `others` in place, over the processes; how many elements are not finite, everywhere
+        the same."""
+        ...
+
+    def step(self) -> None:
+        """Changes the parameters. One without a gradient on any process keeps its value and its moments: Adam leaves
+        it alone, which a zero gradient would not."""
+        ...
+
+    def state(self) -> State:
+        """PARAMETER:KEY -> tensor of the whole optimizer. To be called by every process. Hyper-parameters are not in
+        it: they follow from the run."""
+        ...
+
+    def load(self, state: State) -> None:
+        """The reverse of `state`, whatever strategy and number of processes wrote it."""
+        ...
+
+
+class Replicated:
+    """Each process holds all of the network and of its optimizer; the gradient's sum over the processes is the same
+    everywhere, and so is the step.
+
+    Args:
+        bucket_bytes: 0: one flat all-reduce after the backward pass. Otherwise the gradient goes in parts of about
+            this size, each as soon as it is complete, while the backward pass computes the others.
+    """
+
+    def __init__(self, team: Team, network: nn.Module, optimizer: Optimizer, bucket_bytes: int = 0) -> None:
+        self.team, self.network, self.optimizer = team, network, optimizer
+        self.parameters = list(network.parameters())
+        # From the last layer to the first: about the order in which gradients are complete.
+        self.buckets = buckets(self.parameters[::-1], bucket_bytes if team.world > 1 else 0)
+        self.sent: list[tuple[Tensor, dist.Work]] = []
+        self.missing: list[int] = []  # gradients of each bucket; only in a step's last backward pass
+        for i, bucket in enumerate(self.buckets[:-1]):
+            for p in bucket:
+                p.register_post_accumulate_grad_hook(lambda _, i=i: self._has_come(i))
+
+    def clear(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def add(self, loss: Tensor | None, last: bool) -> None:
+        if loss is not None:
+            self.missing = [len(bucket) for bucket in self.buckets] if last else []
+            loss.backward(inputs=self.parameters)
+            self.missing = []
+
+    def _has_come(self, i: int) -> None:
+        """A gradient of bucket i is complete. Buckets are sent in their order, the same on every process."""
+        if self.missing:
+            self.missing[i] -= 1
+            while len(self.sent) < len(self.buckets) - 1 and self.missing[len(self.sent)] == 0:
+                self._send()
+
+    def _send(self, *more: Tensor) -> None:
+        """Begins to sum the next bucket's gradients (zeros for what has none), with `more` after them."""
+        bucket = self.buckets[len(self.sent)]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        flat = torch.cat([x.flatten().to(bucket[0].dtype) for x in [*grads, *more]])
+        work = dist.all_reduce(flat, async_op=True)
+        assert work is not None
+        self.sent.append((flat, work))
+
+    def reduce(self, others: list[Tensor]) -> int:
+        if self.team.world == 1:
+            return count_nonfinite([p.grad for p in self.parameters], others)
+        has = torch.tensor([p.grad is not None for bucket in self.buckets for p in bucket], device=self.team.device)
+        with self.team.together():
+            while len(self.sent) < len(self.buckets) - 1:
+                self._send()
+            self._send(*others, has)
+            for _, work in self.sent:
+                work.wait()
+        sums, self.sent = [flat for flat, _ in self.sent], []
+        shapes: list[list[Tensor]] = [[*bucket] for bucket in self.buckets]
+        shapes[-1] += [*others, has]
+        parts = [x for each, flat in zip(shapes, sums, strict=True) for x in like(each, flat)]
+        bad = torch.stack([(~torch.isfinite(x)).sum() for x in sums]).sum()
+        *present, count = torch.cat([parts[-1], bad[None].to(parts[-1].dtype)]).tolist()  # one wait for both
+        parameters = [p for bucket in self.buckets for p in bucket]
+        for p, grad, any_ in zip(parameters, parts, present, strict=False):
+            p.grad = grad if any_ else None
+        for x, total in zip(others, parts[len(parameters) : -1], strict=True):
+            x.copy_(total)
+        return int(count)
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def state(self) -> State:
+        names: dict[Tensor, str] = {p: name for name, p in self.network.named_parameters()}
+        return {f"{names[p]}:{key}": x for p, state in self.optimizer.state.items() for key, x in state.items()}
+
+    def load(self, state: State) -> None:
+        parameters = dict(self.network.named_parameters())
+        self.optimizer.state.clear()
+        for name, x in state.items():
+            parameter, key = name.rsplit(":", 1)
+            p = parameters[parameter]
+            self.optimizer.state[p][key] = x.to(p.device) if key == "step" else torch.empty_like(p).copy_(x)
+
+
+def buckets(parameters: list[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:
+    """The parameters in their order, cut into lists of at least `limit` bytes each, but for the last; 0: one list."""
+    out: list[list[nn.Parameter]] = [[]]
+    size = 0
+    for p in parameters:
+        if limit and size >= limit:
+            out.append([])
+            size = 0
+        out[-1].append(p)
+        size += p.numel() * p.element_size()
+    return out
+
+
+def like(tensors: list[Tensor], flat: Tensor) -> list[Tensor]:
+    """The parts of a flat tensor in the shapes of others that follow one another in it."""
+    parts = flat.split([x.numel() for x in tensors])
+    return [part.reshape(x.shape) for part, x in zip(parts, tensors, strict=True)]
+
+
+def count_nonfinite(*lists: Sequence[Tensor | None]) -> int:
+    """How many elements of the tensors are not finite."""
+    tensors = [x for each in lists for x in each if x is not None]
+    if not tensors:
+        return 0
+    if torch.stack(torch._foreach_norm(tensors, ord=1)).isfinite().all():  # one pass, and one wait, if all is well
+        return 0
+    return int(sum((~x.isfinite()).sum() for x in tensors))
+
+
+class _Hand(torch.autograd.Function):
+    """A parameter's way to a loss whose gradient is known already: it is handed over, without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, gradient: list[Tensor]) -> Tensor:  # type: ignore[override]
+        ctx.gradient = gradient
+        return parameter.new_zeros([])
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return ctx.gradient.pop(), None
+
+
+class _Given(nn.Module):
+    """What an engine takes for its model: a forward pass whose backward pass yields gradients computed before.
+
+    So an engine sees one forward, one backward and one step, as it expects, whatever the phase did: several passes,
+    a penalty's second derivatives, parameters that are not reached.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> Tensor:
+        return torch.stack([_Hand.apply(p, [g]) for p, g in zip(parameters, gradients, strict=True)]).sum()
+
+
+class Divided:
+    """A DeepSpeed engine: the optimizer's state (ZeRO 1), and what a gradient takes until the step (ZeRO 2), are
+    divided over the processes; at stage 0 nothing is (Rajbhandari et al. 2020, section 5).
+
+    Args:
+        stage: of ZeRO, 0 to 2. Stage 3 divides the parameters too, which a second derivative cannot be taken through.
+        parts: the network's parameters, those together that the same phases reach: Adam has to leave alone what a
+            phase does not reach, and can do so only with whole parts of what it holds flat.
+    """
+
+    def __init__(
+        self, team: Team, network: nn.Module, optimizer: Optimizer, stage: int, parts: list[list[nn.Parameter]]
+    ) -> None:
+        import deepspeed  # takes seconds, which only its users should wait for
+
+        self.team, self.network, self.stage = team, network, stage
+        self.parameters = list(network.parameters())
+        self.names = {p: name for name, p in network.named_parameters()}
+        self.parts = parts
+        self.idle: set[int] = set()  # parts that this step does not reach
+        self.gradients: dict[nn.Parameter, Tensor] = {}
+        self.reached: list[nn.Parameter] = []
+        groups = [{"params": part, "part": i} for i, part in enumerate(self.parts)]
+        self.optimizer = type(optimizer)(groups, **optimizer.defaults)  # type: ignore[call-arg]
+        self.optimizer.register_step_pre_hook(self._leave_idle)
+        # Its operator for shared memory would be compiled for minutes, for nothing.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        self.engine, *_ = deepspeed.initialize(
+            model=_Given(network),
+            optimizer=self.optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": 1,  # it only counts with it
+                "zero_optimization": {"stage": stage},
+                "gradient_clipping": 0.0,  # by default it clips to a norm of 1
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": None,
+            },
+        )
+
+    def clear(self) -> None:
+        self.gradients = {}
+
+    def add(self, loss: Tensor | None, last: bool) -> None:
+        if loss is None:
+            return
+        for p, g in zip(self.parameters, torch.autograd.grad(loss, self.parameters, allow_unused=True), strict=True):
+            if g is not None:  # never changed in place: it may be another's too
+                self.gradients[p] = self.gradients[p] + g if p in self.gradients else g
+
+    def reduce(self, others: list[Tensor]) -> int:
+        """As in `Updater`; elements are counted before they are summed: the gradient's sum is the engine's."""
+        has = torch.tensor([p in self.gradients for p in self.parameters], device=self.team.device)
+        bad = torch.tensor(count_nonfinite(list(self.gradients.values()), others), device=self.team.device)
+        tensors = [*others, has, bad]
+        *totals, present, count = like(tensors, self.team.sum_(torch.cat([x.flatten().double() for x in tensors])))
+        for x, total in zip(others, totals, strict=True):
+            x.copy_(total)
+        self.reached = [p for p, any_ in zip(self.parameters, present.tolist(), strict=True) if any_]
+        return int(count)
+
+    def step(self) -> None:
+        reached = set(self.reached)
+        self.idle = {i for i, part in enumerate(self.parts) if reached.isdisjoint(part)}
+        assert all(i in self.idle or reached.issuperset(part) for i, part in enumerate(self.parts))
+        gradients = [self.gradients.pop(p, None) for p in self.reached]
+        # The engine takes the mean over the processes.
+        given = [
+            torch.zeros_like(p) if g is None else g * self.team.world
+            for p, g in zip(self.reached, gradients, strict=True)
+        ]
+        del gradients
+        with self.team.together():
+            loss = self.engine(self.reached, given)
+            del given
+            self.engine.backward(loss)
+            self.engine.step()
+
+    def _leave_idle(self, optimizer: Optimizer, *_: Any) -> None:
+        """Before the optimizer's step, of one part or of all: the engine fills in zeros for what has no gradient."""
+        for group in optimizer.param_groups:
+            if group["part"] in self.idle:
+                for p in group["params"]:
+                    p.grad = None
+
+    # The optimizer's state. At stages 1 and 2 it holds one flat tensor for each part, of which a process has a
+    # fragment; where a parameter's numbers lie in it, the engine notes in `_hp_mapping`.
+
+    def state(self) -> State:
+        out: State = {}
+        for group, part in zip(self.optimizer.param_groups, self.parts, strict=True):
+            if self.stage == 0:
+                out |= {f"{self.names[p]}:{key}": x for p in part for key, x in self.optimizer.state[p].items()}
+                continue
+            held = self.optimizer.state[group["params"][0]]
+            for key, x in held.items():
+                whole = [x] * len(part) if key == "step" else self._gathered(part, x)
+                out |= {f"{self.names[p]}:{key}": each for p, each in zip(part, whole, strict=True)}
+        return out
+
+    def load(self, state: State) -> None:
+        for group, part in zip(self.optimizer.param_groups, self.parts, strict=True):
+            keys = sorted({name.rsplit(":", 1)[1] for name in state if name.rsplit(":", 1)[0] == self.names[part[0]]})
+            for held in group["params"]:
+                self.optimizer.state[held].clear()
+            for key in keys:
+                values = [state[f"{self.names[p]}:{key}"].to(self.team.device) for p in part]
+                if self.stage == 0:
+                    for p, x in zip(part, values, strict=True):
+                        self.optimizer.state[p][key] = x.clone()
+                elif key == "step":
+                    self.optimizer.state[group["params"][0]][key] = values[0].clone()
+                else:
+                    self.optimizer.state[group["params"][0]][key] = self._own(group["params"][0], part, values)
+
+    def _gathered(self, part: list[nn.Parameter], flat: Tensor) -> list[Tensor]:
+        """A value for each parameter, from the fragments on all processes."""
+        out = torch.zeros(sum(p.numel() for p in part), dtype=flat.dtype, device=flat.device)
+        whole = like(list(part), out)
+        for p, x in zip(part, whole, strict=True):
+            if (m := p._hp_mapping) is not None:  # type: ignore[attr-defined]
+                _cut(x.view(-1), m.lp_fragment_address).copy_(_cut(flat, m.hp_fragment_address))
+        return like(list(part), self.team.sum_(out))
+
+    def _own(self, flat: Tensor, part: list[nn.Parameter], values: list[Tensor]) -> Tensor:
+        """The reverse: this process's fragment of all."""
+        out = torch.zeros_like(flat)
+        for p, x in zip(part, values, strict=True):
+            if (m := p._hp_mapping) is not None:  # type: ignore[attr-defined]
+                _cut(out, m.hp_fragment_address).copy_(_cut(x.reshape(-1), m.lp_fragment_address))
+        return out
+
+
+def _cut(flat: Tensor, address: Any) -> Tensor:
+    return flat.narrow(0, address.start, address.numel)

@@ -15,10 +15,12 @@ import torch
 from tqdm import tqdm
 
 from ..datasets.manifest import locked
-from . import report, schedule
+from . import checkpoint, report, schedule
 from .config import Run, write_run
 from .distributed import Team
+from .saver import Saver
 from .trainer import Training
+from .watchdog import Grace, Watchdog
 
 
 class _Woken(BaseException):
@@ -26,7 +28,14 @@ class _Woken(BaseException):
 
 
 class Stop:
-    """Whether SIGTERM or Ctrl-C has come. The first ends training in good order; a second Ctrl-C ends it at once."""
+    """Whether SIGTERM or Ctrl-C has come. The first ends training in good order; a second Ctrl-C ends it at once.
+
+    Args:
+        grace: begins with SIGTERM.
+    """
+
+    def __init__(self, grace: Grace) -> None:
+        self.grace = grace
 
     def __enter__(self) -> Self:
         self.signal, self.waiting = 0, False
@@ -35,14 +44,15 @@ class Stop:
 
     def _take(self, number: int, _: FrameType | None) -> None:
         self.signal = number
+        if number == signal.SIGTERM:
+            self.grace.start()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.waiting:
             raise _Woken
 
-    def take(self, items: Iterator[Any], may_break: bool) -> Any | None:
-        """The next item; None if a signal came while it was waited for (shards may take minutes to come), and it
-        `may_break`: a process that others wait for may not."""
-        self.waiting = may_break
+    def take(self, items: Iterator[Any]) -> Any | None:
+        """The next item; None if a signal came while it was waited for (shards may take minutes to come)."""
+        self.waiting = True
         try:
             return next(items)
         except _Woken:
@@ -74,6 +84,8 @@ def train(run: Run, team: Team) -> int:
         say(team, f"{out} is complete at {training.nimg / 1000:g} kimg; a larger --total-kimg goes on with it.")
         return 0
     with own_folder(out, team):
+        if team.main and training.resumed_from:
+            checkpoint.set_aside(out / "checkpoints", training.resumed_from)
         return loop(training, total)
 
 
@@ -84,20 +96,30 @@ def loop(training: Training, total: int) -> int:
     training.bad_log = Path(run.out) / f"bad_samples{f'-{team.rank}' if team.rank else ''}.jsonl"
     shown = team.main and sys.stderr.isatty()
     bar = tqdm(total=total, initial=training.nimg, unit="img", disable=not shown, leave=False)
-    with Stop() as stop, contextlib.closing(training.stream()) as reals, bar:
+    with (
+        Grace(run.parallel.grace_s, lambda: too_late(run)) as grace,
+        Stop(grace) as stop,
+        Watchdog(team.place, team.rank, team.world, team.gather, run.parallel.watchdog_s),
+        Saver() as saver,
+        contextlib.closing(training.stream()) as reals,
+        bar,
+    ):
         tick = Tick(training)
-        while not training.stopping(stop.signal) and training.nimg < total:
+        while training.nimg < total:
             before = training.nimg
+            team.place.at("waiting for data")
             with tick.adding_to("waited"):
-                batch = stop.take(reals, may_break=team.world == 1)
-            if batch is None:
-                continue
+                batch = stop.take(reals)
+            # Only now, when all have their batches, or a signal instead: nobody has to wait for a batch to stop.
+            if training.stopping(stop.signal, saver) or batch is None:
+                break
             with tick.adding_to("worked"):
                 training.step(*batch)
             bar.update(run.batch)
 
             nimg, last = training.nimg, training.nimg >= total
             if last or schedule.crossed(before, nimg, round(run.tick_kimg * 1000)):
+                training.check_replicas()
                 means = report.collect(team.sum_named)
                 if writer:
                     timing = tick.timing()
@@ -105,11 +127,18 @@ def loop(training: Training, total: int) -> int:
                     bar.write(tick_text(nimg, total, timing, means), file=sys.stdout)
                     sys.stdout.flush()
                 tick = Tick(training)
-            if writer and (last or schedule.crossed(before, nimg, round(run.snapshot_kimg * 1000))):
+            if last or schedule.crossed(before, nimg, round(run.snapshot_kimg * 1000)):
                 training.snapshot(writer)
             if last or schedule.crossed(before, nimg, round(run.checkpoint_kimg * 1000)):
-                training.save()
-        return finish(training, total, stop.signal, writer)
+                training.save(saver)
+        return finish(training, total, stop.signal, writer, saver)
+
+
+def too_late(run: Run) -> str:
+    """What to say where the grace has passed."""
+    whole = checkpoint.complete(Path(run.out) / "checkpoints")
+    newest = f"the newest checkpoint is {whole[-1]}" if whole else "there is no checkpoint yet"
+    return f"styleloom train: not done within {run.parallel.grace_s:g} s after SIGTERM (parallel.grace_s); {newest}."
 
 
 @contextlib.contextmanager
@@ -133,14 +162,15 @@ def start_writing(training: Training, out: Path) -> report.Writer:
     return writer
 
 
-def finish(training: Training, total: int, number: int, writer: report.Writer | None) -> int:
+def finish(training: Training, total: int, number: int, writer: report.Writer | None, saver: Saver) -> int:
     """Saves what a signal interrupted, says how it ended, and gives the exit status."""
     team, out = training.team, training.run.out
     stopped = training.nimg < total
     if stopped:
-        training.save()
-        if writer:
-            training.snapshot(writer)
+        training.save(saver)
+    saver.finish()
+    if stopped:
+        training.snapshot(writer)
     if writer:
         writer.close()
     if stopped:

@@ -5,12 +5,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from .distributed import Updater
 from .draws import Draws
-from .report import report
-
-Sum = Callable[[Tensor], Tensor]
+from .report import report, unreported
 
 
 @dataclass
@@ -65,75 +63,48 @@ def own_rows(batch: int, rank: int, world: int, part: int = 0, parts: int = 1) -
     return range(rank + world * part, batch, world * parts)
 
 
-def run_phase(
-    phase: Phase,
-    networks: dict[str, nn.Module],
-    optimizer: Optimizer,
-    passes: list[Batch],
-    sum_: Sum | None,
-) -> bool:
-    """Runs one phase on this process's passes and steps the optimizer with the global batch's gradient.
+def run_phase(phase: Phase, networks: dict[str, nn.Module], updater: Updater, passes: list[Batch]) -> bool:
+    """Runs one phase on this process's passes and makes a step with the global batch's gradient.
 
     The loss of the global batch is the sum over its samples divided by `phase.batch`, whatever the split. If any
     gradient element is not finite, they are counted and the step is left out, on every process alike.
 
     Args:
-        sum_: sums a tensor over the processes; None for a process alone.
+        updater: of the network that the phase trains.
 
     Returns:
         Whether the step was taken.
     """
-    for name, network in networks.items():
-        network.requires_grad_(name == phase.trains)
-    parameters = list(networks[phase.trains].parameters())
-    optimizer.zero_grad(set_to_none=True)
-    dtype, device = parameters[0].dtype, parameters[0].device
-    sums = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in phase.statistics.items()}
-    for batch in passes:
-        if len(batch) == 0:
-            continue
-        loss = phase.loss(batch)
-        (loss.per_sample.sum() / phase.batch).backward(inputs=parameters)
-        for name, rows in loss.statistics.items():
-            sums[name] += rows.detach().to(dtype).sum(dim=0)
-    others = list(sums.values())
-    bad = reduce_gradients(parameters, others, sum_) if sum_ else count_nonfinite(parameters, others)
+    only_trained(phase, networks)
+    p = next(networks[phase.trains].parameters())
+    sums = {name: torch.zeros(shape, dtype=p.dtype, device=p.device) for name, shape in phase.statistics.items()}
+    updater.clear()
+    for i, batch in enumerate(passes):
+        loss = phase.loss(batch) if len(batch) else None
+        updater.add(loss.per_sample.sum() / phase.batch if loss else None, last=i == len(passes) - 1)
+        if loss:
+            for name, rows in loss.statistics.items():
+                sums[name] += rows.detach().to(p.dtype).sum(dim=0)
+    bad = updater.reduce(list(sums.values()))
     report(f"nonfinite/{phase.name}", float(bad))
     if bad:
         return False
-    optimizer.step()
+    updater.step()
     if phase.after is not None:
         phase.after({name: x / phase.batch for name, x in sums.items()})
     return True
 
 
-def count_nonfinite(parameters: list[nn.Parameter], others: list[Tensor]) -> int:
-    """How many elements of the gradients and of the other tensors are not finite."""
-    tensors = [p.grad for p in parameters if p.grad is not None] + others
-    if not tensors:
-        return 0
-    if torch.stack(torch._foreach_norm(tensors, ord=1)).isfinite().all():  # one pass, and one wait, if all is well
-        return 0
-    return int(sum((~x.isfinite()).sum() for x in tensors))
+def only_trained(phase: Phase, networks: dict[str, nn.Module]) -> None:
+    """Gradients are for the parameters that the phase trains."""
+    for name, network in networks.items():
+        network.requires_grad_(name == phase.trains)
 
 
-def reduce_gradients(parameters: list[nn.Parameter], others: list[Tensor], sum_: Sum) -> int:
-    """Sums the gradients, and other tensors in place, over all processes with one flat all-reduce.
-
-    A parameter without a gradient anywhere keeps none: Adam leaves it alone, which a zero gradient would not.
-
-    Returns:
-        How many elements of the summed gradients (and other tensors) are not finite.
-    """
-    dtype, device = parameters[0].dtype, parameters[0].device
-    has = torch.tensor([p.grad is not None for p in parameters], dtype=dtype, device=device)
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    tensors = [*grads, *others, has]
-    flat = sum_(torch.cat([x.flatten().to(dtype) for x in tensors]))
-    parts = [part.reshape(x.shape) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)]
-    *present, bad = torch.cat([parts[-1], (~torch.isfinite(flat)).sum().to(dtype)[None]]).tolist()  # one wait for both
-    for p, grad, any_ in zip(parameters, parts, present, strict=False):
-        p.grad = grad if any_ else None
-    for x, total in zip(others, parts[len(parameters) :], strict=False):
-        x.copy_(total)
-    return int(bad)
+def reached(phase: Phase, networks: dict[str, nn.Module], batch: Batch) -> set[str]:
+    """Names of the parameters (of the network that it trains) that the phase's loss depends on. Changes nothing."""
+    only_trained(phase, networks)
+    names, parameters = zip(*networks[phase.trains].named_parameters(), strict=True)
+    with unreported():
+        gradients = torch.autograd.grad(phase.loss(batch).per_sample.sum(), parameters, allow_unused=True)
+    return {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}

@@ -28,6 +28,16 @@ def report(name: str, values: Tensor | float) -> None:
     _moments[name] = moments
 
 
+@contextlib.contextmanager
+def unreported() -> Iterator[None]:
+    """What the block reports is forgotten."""
+    before = dict(_moments)
+    try:
+        yield
+    finally:
+        Report.load_state_dict(before)
+
+
 class Report:
     """The gathered statistics as an object with state, so that a tick that was interrupted goes on after a resume."""
 

@@ -1,8 +1,10 @@
 """All that trains, as one object: the data set, the recipe with its networks, the average, and how far it has come."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
+import platform
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -21,10 +23,12 @@ from ..datasets.verify import hash_faults
 from ..datasets.workers import default_workers
 from ..ops.memory import give_back_freed_memory, keep_freed_memory
 from . import checkpoint, ema, recipes, report, schedule
-from .config import Run, protected_differences
-from .distributed import Team
+from .agreement import check_agreement, check_replicas, code_version
+from .config import Run, flat, protected_differences
+from .distributed import Divided, Replicated, State, Team, Updater
 from .draws import Draws
-from .phases import Batch, Phase, own_rows, run_phase
+from .phases import Batch, Phase, own_rows, reached, run_phase
+from .saver import Saver
 
 HASHED_BELOW = 2 * 2**30  # bytes of shards that `data.verify` auto re-hashes at the start of a run
 TOLD = 20  # replaced samples that are told of on stderr; all are written down
@@ -36,6 +40,7 @@ class Training:
 
     def __init__(self, run: Run, team: Team) -> None:
         self.run, self.team = run, team
+        check_agreement(team.rank, team.gather, flat(run), versions())
         self.data = open_data(run, team)
         self.manifest = m = self.data.manifest
         self.width, self.height = m.width // self.data.reduce, m.height // self.data.reduce
@@ -49,6 +54,8 @@ class Training:
         class_counts = m.class_counts if run.data.labels else []
         self.recipe = recipes.build(run, self.width, self.height, m.channels, class_counts, team.device)
         self.average = ema.average_of(self.recipe.networks[self.recipe.averaged])
+        self.updaters: dict[str, Updater] = {}  # by network, from `begin` on
+        self.resumed_from: Path | None = None  # a checkpoint
         self.nimg = 0
         self.seconds = 0.0  # of training, over all tries
         self.bad_log: Path | None = None  # where replaced samples are written down
@@ -109,12 +116,21 @@ class Training:
             **options,
         )
 
-    def stopping(self, signal: int) -> bool:
+    def stopping(self, signal: int, saver: Saver) -> bool:
         """Whether a signal (0: none) came to any process. To be called by every process, before each iteration.
 
-        Raises ValueError, on all of them, if more samples were replaced than `data.max_bad` allows.
+        Raises, on all processes:
+            ValueError: more samples were replaced than `data.max_bad` allows.
+            OSError: the last checkpoint could not be written; SystemExit where another process says so.
         """
-        signals, bad = self.team.totals(bool(signal), self.bad_new)
+        try:
+            saver.check()
+            fault = None
+        except OSError as error:
+            fault = error
+        signals, bad, faults = self.team.totals(bool(signal), self.bad_new, fault is not None)
+        if faults:
+            raise fault or SystemExit(1)
         self.bad_new, self.bad_total = 0, self.bad_total + round(bad)
         if bad:
             last = next(each for each in self.team.gather([self.bad_last]) if each is not None)
@@ -172,13 +188,14 @@ class Training:
         if self.team.device.type == "cpu":
             give_back_freed_memory()
         self.nimg += run.batch
+        self.team.place.nimg = self.nimg
 
     def run_phase(self, phase: Phase, reals: Tensor, classes: Tensor) -> None:
         """Runs a phase; raises ValueError when its gradients have not been finite many times in a row."""
         recipe = self.recipe
         passes = self.passes(phase, reals, classes)
-        sum_ = self.team.sum_ if self.team.world > 1 else None
-        stepped = run_phase(phase, recipe.networks, recipe.optimizers[phase.trains], passes, sum_)
+        self.team.place.at(f"phase {phase.name}")
+        stepped = run_phase(phase, recipe.networks, self.updaters[phase.trains], passes)
         self.skipped[phase.name] = 0 if stepped else self.skipped.get(phase.name, 0) + 1
         if self.skipped[phase.name] >= PATIENCE:
             raise ValueError(
@@ -188,22 +205,30 @@ class Training:
             )
 
     def states(self) -> checkpoint.States:
-        """Everything that changes while training, by name."""
+        """Everything that changes while training, by name. To be called by all processes."""
         networks = self.recipe.networks
         return {
             **{name: network.state_dict() for name, network in networks.items()},
             f"{self.recipe.averaged}_ema": self.average.state_dict(),
-            **{
-                f"optimizer_{name}": checkpoint.optimizer_state(optimizer, networks[name])
-                for name, optimizer in self.recipe.optimizers.items()
-            },
+            **{f"optimizer_{name}": updater.state() for name, updater in self.updaters.items()},
             "recipe": self.recipe.state_dict(),
             "report": report.Report.state_dict(),
         }
 
-    def save(self) -> None:
-        """Writes a checkpoint. To be called by all processes."""
+    def check_replicas(self) -> None:
+        """Raises ValueError if networks and average are not the same, bit by bit, on all processes."""
+        self.team.place.at("comparing the networks")
+        networks = {**self.recipe.networks, "average": self.average}
+        tensors = {f"{a}.{b}": x for a, network in networks.items() for b, x in network.state_dict().items()}
+        if self.team.world > 1:
+            check_replicas(self.team.rank, self.team.gather, tensors, self.nimg)
+
+    def save(self, saver: Saver) -> None:
+        """Begins to write a checkpoint. To be called by all processes."""
+        self.check_replicas()
+        self.team.place.at("saving")
         report.Report.merge(self.team.sum_named, self.team.main)
+        states, run = self.states(), self.run
         if self.team.main:
             meta = {
                 "nimg": self.nimg,
@@ -211,19 +236,21 @@ class Training:
                 "processes": self.team.world,
                 "data_hash": self.manifest.hash,
             }
-            folder = Path(self.run.out) / "checkpoints"
-            checkpoint.save(folder, self.states(), meta, self.run, self.run.keep_checkpoints)
-        self.team.wait()
+            folder, keep_every = Path(run.out) / "checkpoints", round(run.keep_every_kimg * 1000)
+            saver.submit(
+                states, lambda host: checkpoint.save(folder, host, meta, run, run.keep_checkpoints, keep_every)
+            )
 
     def begin(self) -> None:
-        """Goes on from the newest checkpoint in the run's folder, or begins, from `init` where given.
+        """Goes on from the newest good checkpoint in the run's folder, or begins, from `init` where given.
 
         Raises ValueError if the checkpoint is of another run or data set, if the processes do not see the same one, or
         if the snapshot does not fit.
         """
-        checkpoints = checkpoint.complete(Path(self.run.out) / "checkpoints") if self.run.out else []
-        if checkpoints:
-            self.restore(checkpoints[-1])
+        found = checkpoint.newest_good(Path(self.run.out) / "checkpoints", self._tell) if self.run.out else None
+        optimizers: dict[str, State] = {}
+        if found:
+            optimizers = self.restore(*found)
         elif self.run.init:
             self.initialise(Path(self.run.init))
         starts = self.team.gather([(self.nimg, self.manifest.hash)])
@@ -233,10 +260,44 @@ class Training:
                 f"{sorted({nimg for nimg, _ in starts})} images. "
                 "--out and --data.path have to be folders that all nodes share."
             )
+        self.updaters = {name: self._updater(name) for name in self.recipe.networks}
+        for name, state in optimizers.items():
+            self.updaters[name].load(state)
 
-    def restore(self, folder: Path) -> None:
-        """Goes back to a checkpoint. Raises ValueError if it is of another run or data set."""
-        states, meta, run = checkpoint.load(folder)
+    def _tell(self, text: str) -> None:
+        if self.team.main:
+            print(f"styleloom train: {text}", file=sys.stderr, flush=True)
+
+    def _updater(self, name: str) -> Updater:
+        """What makes the steps of a network's optimizer. (An engine has to be built around weights that are there.)"""
+        p, team = self.run.parallel, self.team
+        network, optimizer = self.recipe.networks[name], self.recipe.optimizers[name]
+        if p.strategy == "deepspeed" and team.world > 1:
+            return Divided(team, network, optimizer, p.zero_stage, self._parts(name))
+        overlap = p.overlap == "on" or (p.overlap == "auto" and team.world > team.local_world)
+        return Replicated(team, network, optimizer, round(p.bucket_mb * 1e6) if overlap else 0)
+
+    def _parts(self, name: str) -> list[list[nn.Parameter]]:
+        """A network's parameters, those together that the same phases reach."""
+        n, network = self.run.network.mbstd_group, self.recipe.networks[name]
+        images = torch.zeros(n, self.manifest.channels, self.height, self.width, device=self.team.device)
+        labels = torch.zeros(n, self.recipe.c_dim, device=self.team.device)
+        reach = [
+            reached(phase, self.recipe.networks, Batch(images, labels, Draws(0, phase.name, range(n), images.device)))
+            for phase in self.recipe.phases
+            if phase.trains == name
+        ]
+        parts: dict[tuple[bool, ...], list[nn.Parameter]] = {}
+        for parameter, p in network.named_parameters():
+            parts.setdefault(tuple(parameter in names for names in reach), []).append(p)
+        network.requires_grad_(True)  # an engine leaves out what has it not
+        return list(parts.values())
+
+    def restore(self, folder: Path, states: checkpoint.States, meta: dict[str, Any], run: Run) -> dict[str, State]:
+        """Goes back to a checkpoint, but for the optimizers, whose states by network it returns.
+
+        Raises ValueError if it is of another run or data set.
+        """
         differences = protected_differences(run, self.run)
         if differences:
             raise ValueError(
@@ -251,15 +312,16 @@ class Training:
         networks = self.recipe.networks
         for name, network in networks.items():
             checkpoint.fill(network, states[name], folder)
-            checkpoint.load_optimizer_state(self.recipe.optimizers[name], network, states[f"optimizer_{name}"])
         checkpoint.fill(self.average, states[f"{self.recipe.averaged}_ema"], folder)
         self.recipe.load_state_dict(states["recipe"])
         report.Report.load_state_dict(states["report"] if self.team.main else {})
-        self.nimg, self.seconds = meta["nimg"], meta["seconds"]
+        self.nimg, self.seconds, self.resumed_from = meta["nimg"], meta["seconds"], folder
+        self.team.place.nimg = self.nimg
         if self.team.main:
             print(f"Going on from {folder}: {self.nimg / 1000:g} kimg.", flush=True)
             if meta["processes"] != self.team.world:
                 print(f"It was written by {meta['processes']} processes; now there are {self.team.world}.", flush=True)
+        return {name: states[f"optimizer_{name}"] for name in networks}
 
     def initialise(self, path: Path) -> None:
         """Takes the networks' weights from a snapshot. Raises ValueError if they do not fit."""
@@ -280,15 +342,19 @@ class Training:
             discriminator = checkpoint.read_tensors(folder / "discriminator.safetensors")
             checkpoint.fill(self.recipe.networks[self.recipe.discriminator], discriminator, folder)
 
-    def snapshot(self, writer: report.Writer) -> Path:
-        """Writes a snapshot and a grid of samples. For the main process."""
+    def snapshot(self, writer: report.Writer | None) -> None:
+        """Writes a snapshot and a grid of samples. To be called by all processes; the main one has the writer."""
+        self.team.place.at("writing a snapshot")
+        if not writer:
+            return
         m, run = self.manifest, self.run
         names = m.class_names if run.data.labels else []
         checkpoint.save_snapshot(
             Path(run.out) / "snapshots", self.average, self.recipe.networks[self.recipe.discriminator], run,
             self.nimg, self.width, self.height, m.channels, names,
         )  # fmt: skip
-        return writer.picture(f"fakes-{self.nimg:09d}", self.sample_grid(), self.nimg)
+        checkpoint.retain_snapshots(Path(run.out) / "snapshots", run.keep_snapshots)
+        writer.picture(f"fakes-{self.nimg:09d}", self.sample_grid(), self.nimg)
 
     @torch.no_grad()
     def sample_grid(self) -> Image:
@@ -313,6 +379,12 @@ class Training:
 def grid_columns(width: int) -> int:
     """Columns (and rows) of a sample grid about 2048 px wide, 4 to 8."""
     return min(max(2048 // width, 4), 8)
+
+
+def versions() -> dict[str, str]:
+    """Of what has to be the same on all processes."""
+    styleloom = f"{importlib.metadata.version('styleloom')} ({code_version()})"
+    return {"styleloom": styleloom, "torch": torch.__version__, "python": ".".join(platform.python_version_tuple()[:2])}
 
 
 class Opened(NamedTuple):
