@@ -32,6 +32,7 @@ TINY = [
     "--recipe.r1-gamma=10", "--recipe.lr=0.0025", "--recipe.style-mixing=0.9", "--network.noise",
     "--data.mirror", "--data.workers=0", "--data.window=2",
     "--batch=4", "--total-kimg=0.048", "--tick-kimg=0.012", "--checkpoint-kimg=0.02", "--snapshot-kimg=0.028",
+    "--score-images=24",
 ]  # fmt: skip
 
 

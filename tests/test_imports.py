@@ -23,7 +23,7 @@ NARROW = {
     "training/networks/stylegan2.py": {"ops", "training.networks.layers"},
     "training/phases.py": {"training.distributed", "training.draws", "training.report"},
 }
-SEES_RUN = {"config", "schedule", "networks/__init__", "checkpoint", "loop", "trainer", "dryrun"}
+SEES_RUN = {"config", "schedule", "networks/__init__", "checkpoint", "loop", "trainer", "dryrun", "data"}
 
 
 def imports(path: Path) -> set[str]:

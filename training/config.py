@@ -161,6 +161,9 @@ class Run(Section):
     """Checkpoints to keep, the newest ones ..."""
     keep_every_kimg: float = Field(default=0.0, ge=0)
     """... and for ever the first one at or after every so many thousand images; 0: none."""
+    score_images: int = Field(default=-1, ge=-1)
+    """Images by which a snapshot is scored (sliced Wasserstein distance; snapshots/best leads to the lowest); 0: no
+    score; -1: 512, but none on a CPU above 64 px."""
     keep_snapshots: int = Field(default=0, ge=0)
     """Snapshots to keep, the newest ones and the best; 0: all."""
 
@@ -179,7 +182,7 @@ class Run(Section):
 FREE = {
     "preset", "data.path", "data.workers", "data.verify", "data.cache", "data.cache_gb", "data.max_bad", "out",
     "passes", "recompute", "total_kimg", "tick_kimg", "checkpoint_kimg", "snapshot_kimg", "keep_checkpoints",
-    "keep_every_kimg", "keep_snapshots", "parallel.strategy", "parallel.zero_stage", "parallel.overlap",
+    "keep_every_kimg", "keep_snapshots", "score_images", "parallel.strategy", "parallel.zero_stage", "parallel.overlap",
     "parallel.bucket_mb", "parallel.watchdog_s", "parallel.grace_s",
 }  # fmt: skip
 

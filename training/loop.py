@@ -19,6 +19,7 @@ from . import checkpoint, report, schedule
 from .config import Run, write_run
 from .distributed import Team
 from .saver import Saver
+from .snapshots import Snapshots, real_grid, sample_grid
 from .trainer import Training
 from .watchdog import Grace, Watchdog
 
@@ -104,7 +105,7 @@ def loop(training: Training, total: int) -> int:
         contextlib.closing(training.stream()) as reals,
         bar,
     ):
-        tick = Tick(training)
+        tick, snapshots = Tick(training), Snapshots(training)
         while training.nimg < total:
             before = training.nimg
             team.place.at("waiting for data")
@@ -118,6 +119,8 @@ def loop(training: Training, total: int) -> int:
             bar.update(run.batch)
 
             nimg, last = training.nimg, training.nimg >= total
+            if last or schedule.crossed(before, nimg, round(run.snapshot_kimg * 1000)):
+                snapshots.write(writer)
             if last or schedule.crossed(before, nimg, round(run.tick_kimg * 1000)):
                 training.check_replicas()
                 means = report.collect(team.sum_named)
@@ -127,11 +130,9 @@ def loop(training: Training, total: int) -> int:
                     bar.write(tick_text(nimg, total, timing, means), file=sys.stdout)
                     sys.stdout.flush()
                 tick = Tick(training)
-            if last or schedule.crossed(before, nimg, round(run.snapshot_kimg * 1000)):
-                training.snapshot(writer)
             if last or schedule.crossed(before, nimg, round(run.checkpoint_kimg * 1000)):
                 training.save(saver)
-        return finish(training, total, stop.signal, writer, saver)
+        return finish(training, total, stop.signal, writer, saver, snapshots)
 
 
 def too_late(run: Run) -> str:
@@ -157,12 +158,14 @@ def start_writing(training: Training, out: Path) -> report.Writer:
     write_run(training.run, out / "run.json")
     writer = report.Writer(out, training.nimg)
     if training.nimg == 0:
-        writer.picture("reals", training.real_grid(), 0)
-        writer.picture(f"fakes-{0:09d}", training.sample_grid(), 0)
+        writer.picture("reals", real_grid(training), 0)
+        writer.picture(f"fakes-{0:09d}", sample_grid(training), 0)
     return writer
 
 
-def finish(training: Training, total: int, number: int, writer: report.Writer | None, saver: Saver) -> int:
+def finish(
+    training: Training, total: int, number: int, writer: report.Writer | None, saver: Saver, snapshots: Snapshots
+) -> int:
     """Saves what a signal interrupted, says how it ended, and gives the exit status."""
     team, out = training.team, training.run.out
     stopped = training.nimg < total
@@ -170,7 +173,7 @@ def finish(training: Training, total: int, number: int, writer: report.Writer | 
         training.save(saver)
     saver.finish()
     if stopped:
-        training.snapshot(writer)
+        snapshots.write(writer, scored=False)
     if writer:
         writer.close()
     if stopped:

@@ -3,34 +3,28 @@
 import contextlib
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor, nn
 
-from ..datasets.batch import Bad, make_view, told
-from ..datasets.cache import default_folder
-from ..datasets.manifest import Manifest, at_size, check_shard, read_manifest, tar_location
-from ..datasets.storage import is_remote
-from ..datasets.stream import batches, check_decodes_on_device, check_share, checked_cache
-from ..datasets.verify import hash_faults
+from ..datasets.batch import Bad, told
+from ..datasets.stream import batches, check_share
 from ..datasets.workers import default_workers
 from ..ops.memory import give_back_freed_memory, keep_freed_memory
 from . import checkpoint, ema, recipes, report, schedule
 from .agreement import check_agreement, check_replicas, code_version
 from .config import Run, flat, protected_differences
+from .data import cache_of, open_data
 from .distributed import Divided, Replicated, State, Team, Updater
 from .draws import Draws
 from .phases import Batch, Phase, own_rows, reached, run_phase
 from .saver import Saver
 
-HASHED_BELOW = 2 * 2**30  # bytes of shards that `data.verify` auto re-hashes at the start of a run
 TOLD = 20  # replaced samples that are told of on stderr; all are written down
 PATIENCE = 10  # runs of a phase in a row with non-finite gradients, after which training stops
 
@@ -342,107 +336,8 @@ class Training:
             discriminator = checkpoint.read_tensors(folder / "discriminator.safetensors")
             checkpoint.fill(self.recipe.networks[self.recipe.discriminator], discriminator, folder)
 
-    def snapshot(self, writer: report.Writer | None) -> None:
-        """Writes a snapshot and a grid of samples. To be called by all processes; the main one has the writer."""
-        self.team.place.at("writing a snapshot")
-        if not writer:
-            return
-        m, run = self.manifest, self.run
-        names = m.class_names if run.data.labels else []
-        checkpoint.save_snapshot(
-            Path(run.out) / "snapshots", self.average, self.recipe.networks[self.recipe.discriminator], run,
-            self.nimg, self.width, self.height, m.channels, names,
-        )  # fmt: skip
-        checkpoint.retain_snapshots(Path(run.out) / "snapshots", run.keep_snapshots)
-        writer.picture(f"fakes-{self.nimg:09d}", self.sample_grid(), self.nimg)
-
-    @torch.no_grad()
-    def sample_grid(self) -> Image:
-        """Images of the averaged generator from latents that stay the same throughout the run."""
-        columns = grid_columns(self.width)
-        draws = Draws(self.run.seed, "grid", range(columns**2), self.team.device)
-        z, labels = draws.normal(self.recipe.z_dim), self.recipe.labels(draws)
-        images = [self.average(a, b) for a, b in zip(z.split(16), labels.split(16), strict=True)]
-        return report.image_grid(report.to_uint8(torch.cat(images)), columns)
-
-    def real_grid(self) -> Image:
-        """The first images of the stream."""
-        columns = grid_columns(self.width)
-        bad: list[Bad] = []
-        # Without threads of its own, which the processes that read data would be forked in the midst of.
-        with contextlib.closing(self.batches(start=0, batch=columns**2, prefetch=False, report_bad=bad.append)) as its:
-            images, _ = next(its)
-        self.tell_of(bad)
-        return report.image_grid(images.cpu(), columns)
-
-
-def grid_columns(width: int) -> int:
-    """Columns (and rows) of a sample grid about 2048 px wide, 4 to 8."""
-    return min(max(2048 // width, 4), 8)
-
 
 def versions() -> dict[str, str]:
     """Of what has to be the same on all processes."""
     styleloom = f"{importlib.metadata.version('styleloom')} ({code_version()})"
     return {"styleloom": styleloom, "torch": torch.__version__, "python": ".".join(platform.python_version_tuple()[:2])}
-
-
-class Opened(NamedTuple):
-    """A data set to train with."""
-
-    folder: str | os.PathLike[str]
-    manifest: Manifest
-    reduce: int
-    """What its images are still to be divided by."""
-
-
-def open_data(run: Run, team: Team) -> Opened:
-    """The run's data set, its shards checked as `data.verify` says.
-
-    Raises ValueError, the same on every process, if it is missing, half-written, changed, or lacks the labels.
-    """
-    fault, opened = "", None
-    try:
-        if not run.data.path:
-            raise ValueError("no data set given: --data.path DATASET, a folder made by styleloom prepare")
-        opened = Opened(*at_size(run.data.path, read_manifest(run.data.path), run.data.reduce))
-        if run.data.labels and not opened.manifest.classes:
-            raise ValueError(
-                f"data.labels asks for a class-conditional run, but {run.data.path} has no labels: "
-                "prepare it with --labels, or leave data.labels out"
-            )
-        make_view(opened.manifest, opened.reduce)
-        if run.data.decoder == "gpu":
-            if team.device.type != "cuda":
-                raise ValueError("data.decoder gpu needs a CUDA device: leave it out")
-            check_decodes_on_device(opened.manifest, opened.reduce)
-        checked_cache(opened.folder, opened.manifest, run.data.window, cache_of(run))
-        check_data(run, team, opened.folder, opened.manifest)
-    except (ValueError, OSError) as error:
-        fault = str(error)
-    faults = [message for message in team.gather([fault]) if message]
-    if faults:
-        raise ValueError(faults[0])
-    assert opened is not None
-    return opened
-
-
-def cache_of(run: Run) -> tuple[str, int]:
-    """(folder, bytes) for copies of remote shards."""
-    return run.data.cache or str(default_folder()), int(run.data.cache_gb * 1e9)
-
-
-def check_data(run: Run, team: Team, folder: str | os.PathLike[str], manifest: Manifest) -> None:
-    """Checks local shards as `data.verify` says; remote ones are checked as they come. Raises ValueError."""
-    if run.data.verify == "none" or is_remote(folder) or is_remote(manifest.root):
-        return
-    for shard in manifest.shards:
-        check_shard(folder, shard, tar_location(folder, manifest, shard))
-    hashed = run.data.verify == "hash" or (run.data.verify == "auto" and manifest.bytes < HASHED_BELOW)
-    if hashed and team.main:
-        faults = hash_faults(folder, manifest)
-        if faults:
-            raise ValueError(
-                f"{folder}/{faults[0].file}: {faults[0].what}. `styleloom inspect {folder} --verify` "
-                "lists all faults; prepare the data set again."
-            )

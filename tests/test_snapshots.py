@@ -1,0 +1,87 @@
+"""training/snapshots.py: scores that do not depend on the number of ranks, and the best snapshot."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from styleloom.scripts import train
+from styleloom.training import metrics, report
+from styleloom.training.checkpoint import complete, find_snapshot
+from styleloom.training.distributed import Team
+from styleloom.training.snapshots import Snapshots, fakes, reals
+from styleloom.training.trainer import Training
+
+
+@pytest.fixture(autouse=True)
+def _no_reports():
+    yield
+    report.Report.load_state_dict({})
+
+
+@pytest.fixture
+def training(settings, unlabelled):
+    return Training(settings(unlabelled, ""), Team())
+
+
+def scores(out: Path) -> dict[str, float]:
+    return {
+        path.name: json.loads((path / "snapshot.json").read_text())["score"] for path in complete(out / "snapshots")
+    }
+
+
+def test_the_score_is_the_distance_of_fakes_from_reals(training):
+    a, b = (torch.cat([reals(training, range(24))]), fakes(training, "score", range(24)))
+    expected = metrics.swd(a, b, patches=64, projections=128, normalise_by="reals")["swd/mean"]
+    assert Snapshots(training).score(24) == pytest.approx(expected, rel=1e-5)
+    assert expected > 10
+
+
+def test_reals_are_those_of_the_stream_whoever_asks(training):
+    whole = reals(training, range(24))
+    assert torch.equal(reals(training, range(17, 24, 3)), whole[17:24:3])
+    assert not torch.equal(whole[0], whole[1])
+
+
+def test_fakes_stay_the_same_images_whoever_asks(training):
+    whole = fakes(training, "score", range(24))
+    torch.testing.assert_close(fakes(training, "score", range(5, 24, 4)), whole[5:24:4], atol=1, rtol=0)
+    assert whole.dtype == torch.uint8
+
+
+def test_a_score_is_of_the_same_images_in_parts_and_at_once(training, monkeypatch):
+    once = Snapshots(training).score(24)
+    monkeypatch.setattr("styleloom.training.snapshots.CHUNK", 5)
+    assert Snapshots(training).score(24) == pytest.approx(once, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "side", "device", "n"),
+    [(-1, 16, "cpu", 512), (-1, 128, "cpu", 0), (-1, 1024, "cuda", 512), (9, 1024, "cpu", 9), (0, 16, "cuda", 0)],
+)
+def test_how_many_images_are_scored(training, wanted, side, device, n):
+    training.width = training.height = side
+    training.team.device = torch.device(device)
+    training.run = training.run.model_copy(update={"score_images": wanted})
+    assert Snapshots(training).scored_images() == n
+
+
+def test_the_best_snapshot_of_a_run_is_kept_and_found(unlabelled, arguments, tmp_path):
+    out = tmp_path / "out"
+    assert train.main(arguments(unlabelled, out, "--total-kimg=0.096")) == 0
+    scored = scores(out)
+    assert len(scored) == 4
+    best = min(scored, key=scored.__getitem__)
+    assert find_snapshot(out / "snapshots" / "best").name == best
+    kept = tmp_path / "kept"
+    assert train.main(arguments(unlabelled, kept, "--total-kimg=0.096", "--keep-snapshots=1")) == 0
+    assert set(scores(kept)) == {best, max(scored)}
+    lines = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
+    assert [line["swd"] for line in lines if "swd" in line] == pytest.approx(list(scored.values()))
+
+
+def test_no_score_if_none_is_wanted(unlabelled, arguments, tmp_path):
+    assert train.main(arguments(unlabelled, tmp_path / "out", "--score-images=0")) == 0
+    assert set(scores(tmp_path / "out").values()) == {None}
+    assert not (tmp_path / "out" / "snapshots" / "best").exists()

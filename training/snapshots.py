@@ -1,0 +1,126 @@
+"""What people look at: snapshots of the averaged generator, how good each is, and grids of fakes and reals."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from ..datasets.batch import Bad
+from . import checkpoint, report
+from .draws import Draws
+from .metrics import Descriptors, distance
+from .trainer import Training
+
+CHUNK = 16  # images at once
+SCORED = 512  # images: fewer tell only very good from very bad
+SCORED_PX = 64 * 64  # on a CPU, larger images would take minutes
+
+
+class Snapshots:
+    """Writes a training's snapshots, with a score by which the best is known.
+
+    The score is the sliced Wasserstein distance to the data set's first images (`metrics.distance`), by their colours:
+    lower is better. It is a rough one: it sees colours, textures and severe collapse, not what a picture shows.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.reals: Descriptors | None = None
+
+    def write(self, writer: report.Writer | None, scored: bool = True) -> None:
+        """Writes a snapshot and a grid of samples. To be called by all processes; the main one has the writer."""
+        training = self.training
+        n = self.scored_images() if scored else 0
+        score = self.score(n) if n else None
+        training.team.place.at("writing a snapshot")
+        if not writer:
+            return
+        m, run, recipe = training.manifest, training.run, training.recipe
+        folder = Path(run.out) / "snapshots"
+        if score is not None:
+            report.report("swd", score)
+        checkpoint.save_snapshot(
+            folder, training.average, recipe.networks[recipe.discriminator], run, training.nimg,
+            training.width, training.height, m.channels, m.class_names if run.data.labels else [],
+            score, f"swd-{n}" if n else "",
+        )  # fmt: skip
+        checkpoint.retain_snapshots(folder, run.keep_snapshots)
+        writer.picture(f"fakes-{training.nimg:09d}", sample_grid(training), training.nimg)
+
+    def scored_images(self) -> int:
+        """How many images a score takes."""
+        training = self.training
+        small = training.width * training.height <= SCORED_PX
+        automatic = SCORED if small or training.team.device.type == "cuda" else 0
+        return automatic if training.run.score_images < 0 else training.run.score_images
+
+    def score(self, n: int) -> float | None:
+        """The distance of n generated images, always from the same latents, to n real ones. None on all but the main
+        process. To be called by all: each makes its share."""
+        training = self.training
+        if self.reals is None:
+            self.reals = self._described("looking at reals", n, lambda positions: reals(training, positions))
+        its = self._described("looking at fakes", n, lambda positions: fakes(training, "score", positions))
+        if not training.team.main:
+            return None
+        return distance(self.reals, its, projections=128, normalise_by="reals")["swd/mean"]
+
+    def _described(self, what: str, n: int, images: Callable[[range], Tensor]) -> Descriptors:
+        """Of the first n of some images, from all processes."""
+        team = self.training.team
+        mine = Descriptors(patches=64)
+        for start in range(0, n, CHUNK * team.world):
+            team.place.at(what)
+            positions = range(start + team.rank, min(start + CHUNK * team.world, n), team.world)
+            if positions:
+                mine.add(images(positions), positions)
+        whole = Descriptors(patches=64)
+        for each in team.gather([mine]):
+            whole.merge(each)
+        return whole
+
+
+@torch.no_grad()
+def fakes(training: Training, purpose: str, positions: range) -> Tensor:
+    """uint8 [n, C, H, W] of the averaged generator, from latents that stay the same throughout the run."""
+    draws = Draws(training.run.seed, purpose, positions, training.team.device)
+    z, labels = draws.normal(training.recipe.z_dim), training.recipe.labels(draws)
+    images = [training.average(a, b) for a, b in zip(z.split(CHUNK), labels.split(CHUNK), strict=True)]
+    return torch.cat([report.to_uint8(x) for x in images])
+
+
+def reals(training: Training, positions: range) -> Tensor:
+    """uint8 [n, C, H, W], on the CPU: the images at these positions of the stream."""
+    bad: list[Bad] = []
+    # Without threads of its own, which the processes that read data would be forked in the midst of.
+    its = training.batches(
+        start=positions[0] - positions[0] % positions.step,
+        batch=len(positions) * positions.step,
+        rank=positions[0] % positions.step,
+        world=positions.step,
+        prefetch=False,
+        report_bad=bad.append,
+    )
+    with contextlib.closing(its):
+        images, _ = next(its)
+    training.tell_of(bad)
+    return images.cpu()
+
+
+def sample_grid(training: Training) -> Image:
+    columns = grid_columns(training.width)
+    return report.image_grid(fakes(training, "grid", range(columns**2)), columns)
+
+
+def real_grid(training: Training) -> Image:
+    """The first images of the stream."""
+    columns = grid_columns(training.width)
+    return report.image_grid(reals(training, range(columns**2)), columns)
+
+
+def grid_columns(width: int) -> int:
+    """Columns (and rows) of a sample grid about 2048 px wide, 4 to 8."""
+    return min(max(2048 // width, 4), 8)
