@@ -47,7 +47,6 @@ def test_a_team_of_one():
     assert team.sum_(x) is x
     assert team.sum_named({"x": x})["x"] is x
     assert team.gather(["a"]) == ["a"]
-    team.wait()
     team.close()
 
 

@@ -31,13 +31,15 @@ def _no_reports():
     report.Report.load_state_dict({})
 
 
-def compare(found: dict, expected: dict, phase: str, tolerance: float = 1e-9) -> None:
-    """Gradients, moments, steps and weights after a phase, w_avg and pl_mean."""
+def compare(found: dict, expected: dict, phase: str, tolerance: float = 1e-9, optimizer: bool = True) -> None:
+    """Weights after a phase, w_avg and pl_mean; and gradients, moments and steps if `found` has the optimizer."""
     a, b = ({k: x for k, x in each.items() if k.startswith(f"{phase}/")} for each in (found, expected))
-    assert a.keys() == b.keys()
     names = [name for name in a if name.startswith((f"{phase}/G.", f"{phase}/D."))]
-    assert sum(name.endswith(":exp_avg") for name in names) > 10
-    assert any(a[name].abs().max() > 1e-3 for name in names if name.endswith(":exp_avg"))
+    if optimizer:
+        assert a.keys() == b.keys()
+        assert sum(name.endswith(":exp_avg") for name in names) > 10
+        assert any(a[name].abs().max() > 1e-3 for name in names if name.endswith(":exp_avg"))
+    assert a.keys() == {name for name in b if optimizer or ":" not in name}
     for name in [*names, f"{phase}/w_avg", f"{phase}/pl_mean"]:
         assert a[name].dtype == b[name].dtype
         if name.endswith(":step"):
@@ -98,7 +100,12 @@ def test_two_ranks_do_what_one_does(two_ranks, phase, rank, kind):
     few, many, tolerance = KINDS[kind]
     two = load_file(two_ranks / f"{kind}-2-{rank}.safetensors")
     assert two[f"{phase}/rows"].tolist() == (few if phase == "Gpl" else many)
-    compare(two, load_file(two_ranks / f"{kind}-1.safetensors"), phase, tolerance)
+    compare(two, load_file(two_ranks / f"{kind}-1.safetensors"), phase, tolerance, has_optimizer(kind, rank))
+
+
+def has_optimizer(kind: str, rank: int) -> bool:
+    """A divided optimizer's whole state is for the main rank only."""
+    return rank == 0 or kind[:5] not in ("zero1", "zero2")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -107,7 +114,7 @@ def test_a_phase_with_fewer_images_than_ranks(two_ranks, rank, kind, tolerance):
     two = load_file(two_ranks / f"{kind}-2-{rank}.safetensors")
     assert two["Gpl/rows"].tolist() == [1 - rank]
     for phase in PHASES:
-        compare(two, load_file(two_ranks / f"{kind}-1.safetensors"), phase, tolerance)
+        compare(two, load_file(two_ranks / f"{kind}-1.safetensors"), phase, tolerance, has_optimizer(kind, rank))
 
 
 @pytest.mark.parametrize("kind", ["gradients", "buckets", "zero0", "zero1", "zero2"])

@@ -94,11 +94,6 @@ class Team:
         with self.together():
             return gather_object(objects)
 
-    def wait(self) -> None:
-        """Returns once every process has come here."""
-        with self.together():
-            self.accelerator.wait_for_everyone()
-
     def close(self) -> None:
         """Leaves the process group."""
         self.accelerator.end_training()
@@ -129,8 +124,8 @@ class Updater(Protocol):
         ...
 
     def state(self) -> State:
-        """PARAMETER:KEY -> tensor of the whole optimizer. To be called by every process. Hyper-parameters are not in
-        it: they follow from the run."""
+        """PARAMETER:KEY -> tensor of the whole optimizer, on the main process; not to be relied on elsewhere. To be
+        called by every process. Hyper-parameters are not in it: they follow from the run."""
         ...
 
     def load(self, state: State) -> None:
@@ -292,8 +287,7 @@ class Divided:
     def __init__(
         self, team: Team, network: nn.Module, optimizer: Optimizer, stage: int, parts: list[list[nn.Parameter]]
     ) -> None:
-        import deepspeed  # takes seconds, which only its users should wait for
-
+        deepspeed = import_deepspeed(team.device)
         self.team, self.network, self.stage = team, network, stage
         self.parameters = list(network.parameters())
         self.names = {p: name for name, p in network.named_parameters()}
@@ -304,9 +298,6 @@ class Divided:
         groups = [{"params": part, "part": i} for i, part in enumerate(self.parts)]
         self.optimizer = type(optimizer)(groups, **optimizer.defaults)  # type: ignore[call-arg]
         self.optimizer.register_step_pre_hook(self._leave_idle)
-        # Its operator for shared memory would be compiled for minutes, for nothing.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         self.engine, *_ = deepspeed.initialize(
             model=_Given(network),
             optimizer=self.optimizer,
@@ -376,7 +367,8 @@ class Divided:
             held = self.optimizer.state[group["params"][0]]
             for key, x in held.items():
                 whole = [x] * len(part) if key == "step" else self._gathered(part, x)
-                out |= {f"{self.names[p]}:{key}": each for p, each in zip(part, whole, strict=True)}
+                if self.team.main:
+                    out |= {f"{self.names[p]}:{key}": each for p, each in zip(part, whole, strict=True)}
         return out
 
     def load(self, state: State) -> None:
@@ -395,13 +387,14 @@ class Divided:
                     self.optimizer.state[group["params"][0]][key] = self._own(group["params"][0], part, values)
 
     def _gathered(self, part: list[nn.Parameter], flat: Tensor) -> list[Tensor]:
-        """A value for each parameter, from the fragments on all processes."""
+        """A value for each parameter, on the CPU, from the fragments on all processes: one part at a time, as no device
+        may have room for the whole."""
         out = torch.zeros(sum(p.numel() for p in part), dtype=flat.dtype, device=flat.device)
         whole = like(list(part), out)
         for p, x in zip(part, whole, strict=True):
             if (m := p._hp_mapping) is not None:  # type: ignore[attr-defined]
                 _cut(x.view(-1), m.lp_fragment_address).copy_(_cut(flat, m.hp_fragment_address))
-        return like(list(part), self.team.sum_(out))
+        return like(list(part), self.team.sum_(out).cpu())
 
     def _own(self, flat: Tensor, part: list[nn.Parameter], values: list[Tensor]) -> Tensor:
         """The reverse: this process's fragment of all."""
@@ -410,6 +403,20 @@ class Divided:
             if (m := p._hp_mapping) is not None:  # type: ignore[attr-defined]
                 _cut(out, m.hp_fragment_address).copy_(_cut(x.reshape(-1), m.lp_fragment_address))
         return out
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """The package, which takes seconds to import. Raises ValueError if it is not installed."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise it warns that it found no other
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise ValueError(f"parallel.strategy deepspeed: {error}. Take accelerate, or pip install deepspeed.") from None
+    # Its operator for shared memory would be compiled for minutes, for nothing.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
 
 
 def _cut(flat: Tensor, address: Any) -> Tensor:

@@ -254,6 +254,8 @@ class Training:
                 f"{sorted({nimg for nimg, _ in starts})} images. "
                 "--out and --data.path have to be folders that all nodes share."
             )
+        if self.run.parallel.strategy == "deepspeed" and self.team.world == 1:
+            print("Note: one process has nothing to divide, so parallel.strategy deepspeed makes no difference.")
         self.updaters = {name: self._updater(name) for name in self.recipe.networks}
         for name, state in optimizers.items():
             self.updaters[name].load(state)

@@ -15,6 +15,7 @@ import faulthandler
 import json
 import os
 import secrets
+import signal
 import socket
 import sys
 import threading
@@ -398,7 +399,10 @@ def _end_after(seconds: float, status: int) -> None:
 
 
 class Grace:
-    """In its context, the time that a process has to end once `start` was called; then it is ended.
+    """In its context, the time that a process has to end once SIGTERM came; then it is ended.
+
+    It counts from the signal itself: Python's handlers have to wait while the main thread is in C code, which may be
+    a collective with a process that hangs. For the main thread, and there has to be a handler for SIGTERM.
 
     Args:
         seconds: of grace; 0: no limit.
@@ -408,34 +412,38 @@ class Grace:
 
     def __init__(self, seconds: float, text: Callable[[], str], out: TextIO | None = None) -> None:
         self.seconds, self.text, self.out = seconds, text, out or sys.stderr
-        self.started = False
-        self.wanted, self.cancelled = threading.Event(), threading.Event()
+        self.cancelled = threading.Event()
+        self.bell, self.rung = socket.socketpair()  # takes a byte for each signal: its number
+        self.bell.setblocking(False)
 
     def __enter__(self) -> Self:
         if self.seconds:
-            threading.Thread(target=self._wait, name="grace", daemon=True).start()
+            self.before = signal.set_wakeup_fd(self.bell.fileno(), warn_on_full_buffer=False)
+            self.thread = threading.Thread(target=self._wait, name="grace", daemon=True)
+            self.thread.start()
         return self
 
     def start(self) -> None:
-        """The seconds begin; only the first call counts. A signal's handler may call it, for it starts no thread."""
-        if not self.started:
-            self.started = True  # before `set`, which another signal could interrupt
-            self.wanted.set()
-
-    def cancel(self) -> None:
-        """The process ends by itself."""
-        self.cancelled.set()
-        self.wanted.set()
+        """The seconds begin, as with SIGTERM; only the first call counts. A signal's handler may call it."""
+        with contextlib.suppress(OSError):  # full of signals
+            self.bell.send(bytes([signal.SIGTERM]))
 
     def __exit__(self, *_: object) -> None:
-        self.cancel()
+        self.cancelled.set()
+        if self.seconds:
+            signal.set_wakeup_fd(self.before)
+            self.bell.shutdown(socket.SHUT_WR)  # a process that reads data may hold a copy of it
+            self.thread.join()
+        self.bell.close()
+        self.rung.close()
 
     def _wait(self) -> None:
-        self.wanted.wait()
+        while (came := self.rung.recv(64)) and signal.SIGTERM not in came:
+            pass
         if self.cancelled.wait(self.seconds):
             return
-        _end_after(_PATIENCE, 128 + 15)
+        _end_after(_PATIENCE, 128 + signal.SIGTERM)
         try:
             print(self.text(), file=self.out, flush=True)
         finally:
-            os._exit(128 + 15)
+            os._exit(128 + signal.SIGTERM)
