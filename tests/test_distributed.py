@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from styleloom.training.distributed import Replicated, Team, buckets, count_nonfinite
+from styleloom.training.distributed import Replicated, Team, buckets, count_nonfinite, lost
 
 
 @pytest.fixture(params=[0, 1])
@@ -55,6 +55,24 @@ def test_processes_that_were_launched_but_did_not_join_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"2 processes were launched but only 1 joined.*ACCELERATE_USE_CPU=true"):
         Team()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[/x/gloo/transport/tcp/pair.cc:561] Connection closed by peer [::1]:51083. This is typical"),
+        torch.distributed.DistNetworkError("Connection closed by peer [::1]:51083"),
+    ],
+)
+def test_a_broken_connection_is_told_in_two_lines(error):
+    with pytest.raises(ConnectionError) as caught, lost("process 3 lost touch", "Do this"):
+        raise error
+    assert str(caught.value) == "process 3 lost touch: Connection closed by peer [::1]:51083.\nDo this."
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="shapes"), lost("process 3 lost touch", "Do this"):
+        raise RuntimeError("shapes do not match")
 
 
 def test_buckets_keep_the_order_and_are_full():

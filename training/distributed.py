@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -24,13 +25,37 @@ from .watchdog import Place
 State = dict[str, Tensor]
 
 
+CONNECT = (
+    "Where a host's own name does not lead to an address that the others can reach, GLOO_SOCKET_IFNAME (for GPUs "
+    "NCCL_SOCKET_IFNAME) names the network interface to take; see docs/cluster.md"
+)
+GONE = "One of them has ended: look for what it said. The same command goes on from the newest checkpoint"
+
+
+@contextlib.contextmanager
+def lost(what: str, remedy: str) -> Iterator[None]:
+    """What the backends raise of broken connections in the block becomes a ConnectionError of a line or two."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL", str(error), re.IGNORECASE):
+            raise
+        first = (
+            re.sub(r"^\[[^]]*\] *", "", str(error)).split("\n")[0].split(". ")[0]
+        )  # without the place in its sources
+        raise ConnectionError(f"{what}: {first[:200]}.\n{remedy}.") from None
+
+
 class Team:
     """The processes that train together, one device each."""
 
     def __init__(self) -> None:
         cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         patience = InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30))
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            lost(f"process {os.environ.get('RANK', 0)} cannot reach the others", CONNECT),
+        ):
             warnings.simplefilter("ignore")
             self.accelerator = Accelerator(cpu=cpu, kwargs_handlers=[patience])
         wanted = int(os.environ.get("WORLD_SIZE", 1))
@@ -52,16 +77,8 @@ class Team:
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
         """Around what every process takes part in. Raises ConnectionError if one of them is gone."""
-        try:
-            with self.place.waiting():
-                yield
-        except RuntimeError as error:  # gloo's are plain ones
-            if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
-                raise ConnectionError(
-                    f"process {self.rank} lost touch with the others ({' '.join(str(error).split())[-120:]}). One of "
-                    "them ended: what it said comes first. The same command goes on from the last checkpoint."
-                ) from None
-            raise
+        with lost(f"process {self.rank} lost touch with the others", GONE), self.place.waiting():
+            yield
 
     def sum_(self, x: Tensor) -> Tensor:
         """Sum over all processes of a tensor of the same shape everywhere."""
