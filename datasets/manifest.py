@@ -14,6 +14,7 @@ import json
 import os
 import posixpath
 import secrets
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -275,13 +276,28 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+_locks: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    """In a forked process: what reads data must not keep a lock for a process that was killed."""
+    for file in list(_locks):
+        file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
 @contextmanager
 def locked(path: Path, complaint: str, wait: bool = False) -> Iterator[None]:
     """Holds a lock file; if another process does, waits for it or raises ValueError(complaint).
 
-    However a process ends, the system frees its lock. Without effect on Windows.
+    However a process ends, the system frees its lock: processes that it has forked do not hold it. Without effect on
+    Windows.
     """
     with open(path, "wb") as file:
+        _locks.add(file)
         if os.name == "posix":
             import fcntl
 

@@ -17,9 +17,11 @@ import heapq
 import itertools
 import os
 import signal
+import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, cast
 
 import torch
@@ -102,6 +104,13 @@ def _worker_init(_: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach the whole process group; the trainer decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A signal may end the trainer's waiting in the midst of taking a batch over: no fault of the thread that hands it.
+    sys.excepthook = _but_lost_connections
+
+
+def _but_lost_connections(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 @dataclass

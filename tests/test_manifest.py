@@ -16,6 +16,7 @@ from styleloom.datasets.manifest import (
     check_shard,
     content_hash,
     load_index,
+    locked,
     read_manifest,
     tar_location,
     write_manifest,
@@ -207,3 +208,20 @@ def test_content_hash_is_the_published_one():
     assert content_hash(b"") == 0x2D06800538D394C2
     assert {content_hash(bytes([i])) < 0 for i in range(8)} == {True, False}
     assert all(-(2**63) <= content_hash(bytes([i])) < 2**63 for i in range(64))
+
+
+def test_a_forked_process_does_not_hold_the_lock(tmp_path):
+    """What reads data lives on for seconds after the training process was killed; nobody is to wait for it."""
+    asked, told = os.pipe(), os.pipe()
+    with locked(tmp_path / "lock", "held"):
+        child = os.fork()
+        if not child:
+            os.write(told[1], b"x")
+            os.read(asked[0], 1)
+            os._exit(0)
+        os.read(told[0], 1)
+        with pytest.raises(ValueError, match="held"), locked(tmp_path / "lock", "held"):
+            pass  # the child has not freed it either
+    with locked(tmp_path / "lock", "held"):
+        os.write(asked[1], b"x")
+        os.waitpid(child, 0)

@@ -179,7 +179,8 @@ def test_two_nodes(nodes, tmp_path, arguments, unlabelled, undisturbed):
 
 
 @pytest.mark.netns
-@pytest.mark.parametrize("lost", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
 def test_lost_node(nodes, tmp_path, arguments, unlabelled, undisturbed, lost):
     """Every process of a node is killed; with relaunch.sh on both, the run goes on and ends as if undisturbed."""
     out = tmp_path / "out"

@@ -40,9 +40,9 @@ def lost(what: str, remedy: str) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL", str(error), re.IGNORECASE):
             raise
-        first = (
-            re.sub(r"^\[[^]]*\] *", "", str(error)).split("\n")[0].split(". ")[0]
-        )  # without the place in its sources
+        # Without the place in its sources, stacks and advice.
+        text = re.sub(r"^\[[^]]*\] *", "", str(error).split("Exception raised from")[0])
+        first = " ".join(text.split()).split(". This ")[0].rstrip(".")
         raise ConnectionError(f"{what}: {first[:200]}.\n{remedy}.") from None
 
 

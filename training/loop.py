@@ -49,13 +49,14 @@ class Stop:
             self.grace.start()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.waiting:
+            self.waiting = False  # a second signal may come while the first is being heeded
             raise _Woken
 
     def take(self, items: Iterator[Any]) -> Any | None:
-        """The next item; None if a signal came while it was waited for (shards may take minutes to come)."""
+        """The next item; None if a signal has come, also while it was waited for (shards may take minutes to come)."""
         self.waiting = True
         try:
-            return next(items)
+            return None if self.signal else next(items)
         except _Woken:
             return None
         finally:
@@ -112,8 +113,9 @@ def loop(training: Training, total: int) -> int:
             with tick.adding_to("waited"):
                 batch = stop.take(reals)
             # Only now, when all have their batches, or a signal instead: nobody has to wait for a batch to stop.
-            if training.stopping(stop.signal, saver) or batch is None:
+            if training.stopping(stop.signal, saver):
                 break
+            assert batch is not None
             with tick.adding_to("worked"):
                 training.step(*batch)
             bar.update(run.batch)
@@ -171,7 +173,7 @@ def finish(
     stopped = training.nimg < total
     if stopped:
         training.save(saver)
-    saver.finish()
+    training.saved(saver)
     if stopped:
         snapshots.write(writer, scored=False)
     if writer:

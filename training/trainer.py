@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -117,19 +117,30 @@ class Training:
             ValueError: more samples were replaced than `data.max_bad` allows.
             OSError: the last checkpoint could not be written; SystemExit where another process says so.
         """
-        try:
-            saver.check()
-            fault = None
-        except OSError as error:
-            fault = error
-        signals, bad, faults = self.team.totals(bool(signal), self.bad_new, fault is not None)
-        if faults:
-            raise fault or SystemExit(1)
+        signals, bad, _ = self._agree(saver.check, bool(signal), self.bad_new)
         self.bad_new, self.bad_total = 0, self.bad_total + round(bad)
         if bad:
             last = next(each for each in self.team.gather([self.bad_last]) if each is not None)
             check_share(self.bad_total, self.nimg - self.streamed_from, self.run.data.max_bad, last)
         return signals > 0
+
+    def saved(self, saver: Saver) -> None:
+        """Returns once the last checkpoint is written; raises OSError or SystemExit as `stopping` does, on all."""
+        self.team.place.at("saving")
+        self._agree(saver.finish)
+
+    def _agree(self, check: Callable[[], None], *values: float) -> list[float]:
+        """The sums of the values over all processes, and of their faults: raises on all if `check` raises OSError on
+        one, so that none goes on or ends well alone."""
+        fault = None
+        try:
+            check()
+        except OSError as error:
+            fault = error
+        totals = self.team.totals(*values, fault is not None)
+        if totals[-1]:
+            raise fault or SystemExit(1)
+        return totals
 
     def tell_of(self, bad: list[Bad]) -> None:
         """Writes replaced samples down in `bad_samples.jsonl`, and on stderr each once; empties the list."""
