@@ -1,18 +1,21 @@
 """What the tests share: tiny shard sets, a tiny run, commands called in this process, launches of several processes."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from styleloom.datasets.shards import prepare
 from styleloom.datasets.sources import open_source
@@ -254,6 +257,66 @@ def kill():
         assert "Done" not in said[0], "it ended before it could be killed"
 
     return kill
+
+
+CLOCK = {"sec_per_kimg", "images_per_s", "data_wait", "peak_memory_gb", "seconds"}
+
+
+@pytest.fixture(scope="session")
+def stats():
+    """(run's folder) -> the lines of stats.jsonl, without what the clock says."""
+
+    def stats(out: Path) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
+        return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
+
+    return stats
+
+
+@pytest.fixture(scope="session")
+def tensors():
+    """(folder) -> all tensors of a checkpoint or snapshot, as FILE/NAME."""
+
+    def tensors(folder: Path) -> dict[str, torch.Tensor]:
+        files = sorted(folder.glob("*.safetensors"))
+        return {f"{file.stem}/{name}": x for file in files for name, x in load_file(file).items()}
+
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def assert_same_tensors(tensors):
+    """(folder, folder): of a checkpoint or snapshot, bit for bit."""
+
+    def assert_same_tensors(a: Path, b: Path) -> None:
+        x, y = tensors(a), tensors(b)
+        assert x.keys() == y.keys()
+        assert len(x) > 0
+        different = [name for name in x if x[name].numpy().tobytes() != y[name].numpy().tobytes()]
+        assert different == []
+
+    return assert_same_tensors
+
+
+@pytest.fixture(scope="session")
+def assert_same_run(stats, assert_same_tensors):
+    """(run's folder, run's folder, checkpoints=, snapshots=): bit for bit all checkpoints and all snapshots (and as
+    many as that), the statistics, the pictures."""
+
+    def assert_same_run(a: Path, b: Path, checkpoints: int = 5, snapshots: int = 4) -> None:
+        for kind, count in (("checkpoints", checkpoints), ("snapshots", snapshots)):
+            folders = complete(a / kind)
+            assert len(folders) == count
+            assert [x.name for x in folders] == [x.name for x in complete(b / kind)]
+            for x, y in zip(folders, complete(b / kind), strict=True):
+                assert_same_tensors(x, y)
+        assert stats(a) == stats(b)
+        pictures = sorted(path.name for path in (a / "samples").iterdir())
+        assert pictures == sorted(path.name for path in (b / "samples").iterdir())
+        for name in pictures:
+            assert (a / "samples" / name).read_bytes() == (b / "samples" / name).read_bytes()
+
+    return assert_same_run
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,6 @@ from styleloom.training.distributed import Team
 from styleloom.training.trainer import Training
 
 LONG = ["--total-kimg=0.096", "--keep-checkpoints=9"]  # 24 steps
-CLOCK = {"sec_per_kimg", "images_per_s", "data_wait", "peak_memory_gb", "seconds"}
 
 
 @pytest.fixture(autouse=True)
@@ -46,42 +45,6 @@ def whole(tmp_path_factory, unlabelled, arguments):
 def copy(whole, tmp_path):
     """The same run, to be spoilt."""
     return shutil.copytree(whole, tmp_path / "copy")
-
-
-def stats(out: Path) -> list[dict]:
-    """The lines of stats.jsonl, without what the clock says."""
-    lines = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint or snapshot, as FILE/NAME."""
-    files = sorted(folder.glob("*.safetensors"))
-    return {f"{file.stem}/{name}": x for file in files for name, x in load_file(file).items()}
-
-
-def assert_same_tensors(a: Path, b: Path) -> None:
-    """Bit for bit."""
-    x, y = tensors(a), tensors(b)
-    assert x.keys() == y.keys()
-    assert len(x) > 0
-    different = [name for name in x if x[name].numpy().tobytes() != y[name].numpy().tobytes()]
-    assert different == []
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Bit for bit: all checkpoints, all snapshots, the statistics, the pictures."""
-    for kind, count in (("checkpoints", 5), ("snapshots", 4)):
-        folders = complete(a / kind)
-        assert len(folders) == count
-        assert [x.name for x in folders] == [x.name for x in complete(b / kind)]
-        for x, y in zip(folders, complete(b / kind), strict=True):
-            assert_same_tensors(x, y)
-    assert stats(a) == stats(b)
-    pictures = sorted(path.name for path in (a / "samples").iterdir())
-    assert pictures == sorted(path.name for path in (b / "samples").iterdir())
-    for name in pictures:
-        assert (a / "samples" / name).read_bytes() == (b / "samples" / name).read_bytes()
 
 
 def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], prefix: str) -> float:
@@ -105,7 +68,7 @@ def test_the_folder_of_a_run(whole, settings, unlabelled):
     assert not list(whole.rglob("*.tmp"))
 
 
-def test_a_checkpoint_holds_all_that_changes(whole):
+def test_a_checkpoint_holds_all_that_changes(whole, tensors):
     folder = complete(whole / "checkpoints")[-1]
     names = {path.name for path in folder.iterdir()}
     parts = {"G", "D", "G_ema", "optimizer_G", "optimizer_D", "recipe", "report"}
@@ -126,8 +89,10 @@ def test_a_checkpoint_holds_all_that_changes(whole):
 def test_the_statistics_of_a_run(whole):
     lines = [json.loads(line) for line in (whole / "stats.jsonl").read_text().splitlines()]
     assert [line["nimg"] for line in lines] == [12, 24, 36, 48, 60, 72, 84, 96]
+    clock = {"sec_per_kimg", "images_per_s", "data_wait", "peak_memory_gb", "seconds"}
+    learned = {"loss/G", "loss/D", "loss/r1", "loss/path_length", "scores/real", "scores/fake"}
     for line in lines:
-        assert line.keys() >= CLOCK | {"loss/G", "loss/D", "loss/r1", "loss/path_length", "scores/real", "scores/fake"}
+        assert line.keys() >= clock | learned
         assert line["sec_per_kimg"] * line["images_per_s"] == pytest.approx(1000)
         assert 0 <= line["data_wait"] <= 1
         assert line["peak_memory_gb"] > 0.05
@@ -138,7 +103,7 @@ def test_the_statistics_of_a_run(whole):
     assert seconds == sorted(seconds)
 
 
-def test_tensorboard_shows_the_same(whole):
+def test_tensorboard_shows_the_same(whole, stats):
     events = EventAccumulator(str(whole / "tb"), {"images": 0, "scalars": 0}).Reload()
     assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("loss/D")] == [
         (line["nimg"], line["loss/D"]) for line in stats(whole)
@@ -166,7 +131,7 @@ def pictures_of(folder: Path) -> set[bytes]:
 
 
 def test_killed_and_gone_on_with_is_the_same_as_never_killed(
-    whole, unlabelled, arguments, python, kill, tmp_path, capsys
+    whole, unlabelled, arguments, python, kill, tmp_path, capsys, assert_same_run
 ):
     out = tmp_path / "killed"
     command = arguments(unlabelled, out, *LONG)
@@ -181,24 +146,24 @@ def test_killed_and_gone_on_with_is_the_same_as_never_killed(
     assert not list(out.rglob("*.tmp"))
 
 
-def test_two_processes_killed_and_gone_on_with_are_the_same_as_never_killed(two_ranks):
+def test_two_processes_killed_and_gone_on_with_are_the_same_as_never_killed(two_ranks, assert_same_run):
     assert "Going on from" in (two_ranks / "stdout.txt").read_text()
     assert_same_run(two_ranks / "killed", two_ranks / "whole")
 
 
-def test_it_goes_on_from_every_checkpoint_alike(copy, whole, unlabelled, arguments):
+def test_it_goes_on_from_every_checkpoint_alike(copy, whole, unlabelled, arguments, assert_same_run):
     for folder in complete(copy / "checkpoints")[2:]:
         shutil.rmtree(folder)
     assert train.main(arguments(unlabelled, copy, *LONG)) == 0
     assert_same_run(copy, whole)
 
 
-def test_workers_do_not_change_the_run(whole, unlabelled, arguments, tmp_path):
+def test_workers_do_not_change_the_run(whole, unlabelled, arguments, tmp_path, assert_same_run):
     assert train.main(arguments(unlabelled, tmp_path / "out", *LONG, "--data.workers=2")) == 0
     assert_same_run(tmp_path / "out", whole)
 
 
-def test_another_seed_is_another_run(whole, unlabelled, arguments, tmp_path):
+def test_another_seed_is_another_run(whole, unlabelled, arguments, tmp_path, tensors):
     assert train.main(arguments(unlabelled, tmp_path / "out", "--total-kimg=0.02", "--seed=1")) == 0
     a, b = (tensors(folder / "checkpoints" / "nimg-000000020") for folder in (tmp_path / "out", whole))
     assert furthest(a, b, "G/synthesis") > 0.1
@@ -207,7 +172,7 @@ def test_another_seed_is_another_run(whole, unlabelled, arguments, tmp_path):
 # Ranks, passes, precision
 
 
-def test_two_ranks_train_the_network_of_one(two_ranks, whole):
+def test_two_ranks_train_the_network_of_one(two_ranks, whole, stats, tensors):
     a, b = (tensors(out / "checkpoints" / "nimg-000000020") for out in (two_ranks / "whole", whole))
     assert furthest(a, b, "G/") < 1e-3
     assert furthest(a, b, "D/") < 1e-3
@@ -218,7 +183,7 @@ def test_two_ranks_train_the_network_of_one(two_ranks, whole):
     assert stats(two_ranks / "whole")[0] == pytest.approx(stats(whole)[0], rel=1e-3, abs=1e-4)
 
 
-def test_a_run_of_two_ranks_goes_on_with_one(two_ranks, unlabelled, arguments, tmp_path, capsys):
+def test_a_run_of_two_ranks_goes_on_with_one(two_ranks, unlabelled, arguments, tmp_path, capsys, tensors):
     out = shutil.copytree(two_ranks / "whole", tmp_path / "out")
     for folder in complete(out / "checkpoints")[1:]:
         shutil.rmtree(folder)
@@ -228,7 +193,7 @@ def test_a_run_of_two_ranks_goes_on_with_one(two_ranks, unlabelled, arguments, t
     assert furthest(a, b, "G/") < 1e-2
 
 
-def test_accumulating_gradients_trains_the_same_network(unlabelled, arguments, tmp_path):
+def test_accumulating_gradients_trains_the_same_network(unlabelled, arguments, tmp_path, tensors):
     """Groups of the minibatch standard deviation are strided, so they are the same for one pass and two."""
     for passes in (1, 2):
         assert train.main(arguments(unlabelled, tmp_path / f"{passes}", "--total-kimg=0.02", f"--passes={passes}")) == 0
@@ -237,7 +202,7 @@ def test_accumulating_gradients_trains_the_same_network(unlabelled, arguments, t
         assert 0 < furthest(a, b, part) < 1e-3  # not 0: the sums are in another order
 
 
-def test_bf16_trains(unlabelled, arguments, whole, tmp_path):
+def test_bf16_trains(unlabelled, arguments, whole, tmp_path, tensors):
     assert train.main(arguments(unlabelled, tmp_path / "out", "--total-kimg=0.02", "--precision=bf16")) == 0
     a, b = (tensors(out / "checkpoints" / "nimg-000000020") for out in (tmp_path / "out", whole))
     assert all(x.dtype == torch.float32 for name, x in a.items() if not name.startswith("report/"))
@@ -245,7 +210,7 @@ def test_bf16_trains(unlabelled, arguments, whole, tmp_path):
     assert 1e-5 < furthest(a, b, "G/synthesis.b16") < 0.3
 
 
-def test_a_conditional_run(labelled, arguments, tmp_path):
+def test_a_conditional_run(labelled, arguments, tmp_path, tensors):
     out = tmp_path / "out"
     assert train.main(arguments(labelled, out, "--data.labels")) == 0
     found = tensors(complete(out / "checkpoints")[-1])
@@ -260,7 +225,7 @@ def test_a_conditional_run(labelled, arguments, tmp_path):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_same_command_goes_on(
-    number, status, whole, unlabelled, arguments, tmp_path, monkeypatch, capsys
+    number, status, whole, unlabelled, arguments, tmp_path, monkeypatch, capsys, stats, assert_same_tensors
 ):
     step, handlers = Training.step, [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
 
@@ -365,7 +330,7 @@ def test_a_protected_field_cannot_change(copy, unlabelled, arguments, refused, m
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()} == before
 
 
-def test_durations_cadences_and_paths_may_change(copy, unlabelled, arguments, tmp_path):
+def test_durations_cadences_and_paths_may_change(copy, unlabelled, arguments, tmp_path, stats):
     moved = shutil.copytree(unlabelled, tmp_path / "moved")
     more = ["--total-kimg=0.1", "--tick-kimg=1", "--checkpoint-kimg=1", "--snapshot-kimg=1", "--keep-checkpoints=1"]
     assert train.main(arguments(moved, copy, *more, "--data.workers=1", "--data.verify=size")) == 0
@@ -387,7 +352,7 @@ def flip(path: Path, at: int = -5) -> None:
 
 
 @pytest.mark.parametrize("fault", ["cut", "flipped", "missing"])
-def test_the_checkpoint_before_a_damaged_one_serves(copy, whole, unlabelled, arguments, capsys, fault):
+def test_the_checkpoint_before_a_damaged_one_serves(copy, whole, unlabelled, arguments, capsys, fault, assert_same_run):
     newest = complete(copy / "checkpoints")[-1]
     file = newest / "optimizer_D.safetensors"
     {"cut": lambda: os.truncate(file, 99), "flipped": lambda: flip(file), "missing": file.unlink}[fault]()
@@ -462,7 +427,7 @@ def test_init_from_a_snapshot_that_does_not_fit_is_refused_by_name(
 # Divergence
 
 
-def test_a_run_that_diverges_stops_with_a_clear_message(unlabelled, arguments, refused, tmp_path):
+def test_a_run_that_diverges_stops_with_a_clear_message(unlabelled, arguments, refused, tmp_path, stats):
     out = tmp_path / "out"
     complaint = refused(train.main, *arguments(unlabelled, out, "--recipe.lr=1e30", "--total-kimg=9"))
     assert "were not finite 10 times in a row" in complaint
@@ -474,7 +439,9 @@ def test_a_run_that_diverges_stops_with_a_clear_message(unlabelled, arguments, r
     ("width", "height", "channels", "options"),
     [(16, 24, 4, ["--data.labels"]), (16, 24, 1, ["--precision=bf16"]), (24, 16, 3, ["--precision=fp16"])],
 )
-def test_rectangular_grey_and_transparent_pictures(tmp_path, pictures, arguments, width, height, channels, options):
+def test_rectangular_grey_and_transparent_pictures(
+    tmp_path, pictures, arguments, width, height, channels, options, stats
+):
     """The whole way: prepare, train, draw. (A start of 4x6 or 6x4, two more levels.)"""
     data, out, images = tmp_path / "data", tmp_path / "out", tmp_path / "images"
     source = open_source(pictures, "folders")
