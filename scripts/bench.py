@@ -6,7 +6,7 @@ import platform
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,8 +15,9 @@ import tyro
 
 from styleloom.ops import build
 from styleloom.ops.memory import keep_freed_memory
-from styleloom.scripts import bench_data, bench_model, bench_ops, bench_peers
+from styleloom.scripts import bench_data, bench_model, bench_ops, bench_peers, bench_ranks
 from styleloom.scripts.bench_data import Data
+from styleloom.scripts.bench_ranks import Cluster, Ranks
 from styleloom.scripts.bench_show import Row, Table, line, number, progress, text, titles
 from styleloom.scripts.cli import parse, run
 from styleloom.training.config import PRESETS, Run, StyleGAN2Network
@@ -61,7 +62,8 @@ class Model:
     """Times the phases of training on random images, and an iteration with lazy phases averaged in.
 
     Without data set and averaging. FLOPs are those of the plain formulation. Several resolutions, precisions or
-    formulations are measured in a process each.
+    formulations are measured in a process each. With --ranks: training as it is, on several processes. With --plan:
+    nothing is measured, but a cluster calculated.
     """
 
     preset: str | None = None
@@ -88,6 +90,12 @@ class Model:
     memory: Literal["kept", "default"] = "kept"
     """What becomes of memory that is freed on the CPU: kept for the next tensors, as in training, or as the system
     has it."""
+    several: Annotated[Ranks, tyro.conf.OmitArgPrefixes] = field(default_factory=Ranks)
+    plan: bool = False
+    """Calculate from assumptions (--cluster.*) how it scales on `gpus` GPUs; without data and without measuring."""
+    gpus: tuple[int, ...] = (8, 64, 512)
+    """Of the plan."""
+    cluster: Cluster = field(default_factory=Cluster)
     json: Path | None = None
     """A file for all rows and the machine's data; - for stdout, without the table."""
 
@@ -154,9 +162,14 @@ def measure_ceiling(dtypes: Sequence[str], device: torch.device, budget: float) 
 
 
 def model(options: Model) -> dict[str, Any]:
-    at_least(threads=options.threads, rounds=options.rounds - 1)
+    at_least(threads=options.threads, rounds=options.rounds - 1, ranks=options.several.ranks)
     device, runs = choose(options.device), read_runs(options)
     quiet = str(options.json) == "-"
+    if options.several.ranks or options.plan:
+        found, lines = _several(options, runs, device)
+        if not quiet:
+            print("\n".join(lines))
+        return found
     if len(runs) == 1 and options.compare is None:
         found = _measure_one(options, *runs[0], device)
     else:
@@ -172,7 +185,8 @@ def model(options: Model) -> dict[str, Any]:
 def read_runs(options: Model) -> list[tuple[int, Run]]:
     """(width and height, settings) of each resolution and precision. Raises ValueError if there are no such runs."""
     if options.preset is None:
-        base = Run(batch=4, network=StyleGAN2Network(channel_base=16384, mapping_layers=2))
+        ranks = 1 if options.several.weak else max(options.several.ranks, 1)
+        base = Run(batch=4 * ranks, network=StyleGAN2Network(channel_base=16384, mapping_layers=2))
     elif options.preset in PRESETS:
         base = PRESETS[options.preset]
     else:
@@ -206,6 +220,25 @@ def _measure_one(options: Model, size: int, its: Run, device: torch.device) -> d
         formulation += NOT_KEPT
     where = {"resolution": size, "precision": its.precision, "formulation": formulation}
     return {"machine": facts, "ceiling": ceiling, "settings": its.model_dump(), "rows": [where | row for row in rows]}
+
+
+def _several(options: Model, runs: Sequence[tuple[int, Run]], device: torch.device) -> tuple[dict[str, Any], list[str]]:
+    """What --ranks or --plan found, and the lines that show it."""
+    if len(runs) > 1 or options.compare or options.memory != "kept":
+        raise ValueError("--ranks and --plan take one resolution and one precision, without --compare and --memory")
+    (size, its), several, threads = runs[0], options.several, options.threads or 1
+    if options.plan:
+        bench_ranks.check(options.gpus, options.cluster)
+        rows = bench_ranks.plan(its, size, options.gpus, options.cluster)
+        found = {"settings": its.model_dump(mode="json"), "cluster": asdict(options.cluster), "rows": rows}
+        return found, bench_ranks.describe_plan(found)
+    if several.ranks < 2:
+        raise ValueError(f"--ranks {several.ranks}: they are compared with one process, so it takes 2 at least")
+    if device.type == "cuda" and several.ranks > torch.cuda.device_count():
+        raise ValueError(f"--ranks {several.ranks}: there are {torch.cuda.device_count()} GPUs")
+    facts = begin(device, threads, keep=False)
+    found = {"machine": facts} | bench_ranks.measure(several, its, size, device, threads, options.rounds)
+    return found, bench_ranks.describe(found)
 
 
 def _measure_many(options: Model, runs: Sequence[tuple[int, Run]], device: torch.device) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class Parallel(Section):
     """With accelerate, sum gradients in buckets while the backward pass still computes others; auto: on several
     nodes, where links are slow."""
     bucket_mb: float = Field(default=16.0, gt=0)
-    """Size of such a bucket, in 10^6 bytes."""
+    """Size of such a bucket in 10^6 bytes, or a sixth of the gradient if that is less."""
     watchdog_s: float = Field(default=900.0, ge=0)
     """Seconds after which processes that wait for one another in vain end, and say which of them hangs and where; 0:
     never."""

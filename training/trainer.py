@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import math
 import platform
 import sys
 from collections.abc import Callable, Generator
@@ -282,7 +283,9 @@ class Training:
         if p.strategy == "deepspeed" and team.world > 1:
             return Divided(team, network, optimizer, p.zero_stage, self._parts(name))
         overlap = p.overlap == "on" or (p.overlap == "auto" and team.world > team.local_world)
-        return Replicated(team, network, optimizer, round(p.bucket_mb * 1e6) if overlap else 0)
+        gradient = sum(x.numel() * x.element_size() for x in network.parameters())
+        # At least some six buckets: the last one is not hidden by the backward pass.
+        return Replicated(team, network, optimizer, math.ceil(min(p.bucket_mb * 1e6, gradient / 6)) if overlap else 0)
 
     def _parts(self, name: str) -> list[list[nn.Parameter]]:
         """A network's parameters, those together that the same phases reach."""
