@@ -12,8 +12,11 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from styleloom.scripts import train
+from styleloom.training.config import Run
+from styleloom.training.distributed import Team
 from styleloom.training.draws import Draws
 from styleloom.training.trainer import Training
 
@@ -22,14 +25,18 @@ def in_double() -> None:
     """All of a training in float64."""
     init, to_device, normal, uniform = Training.__init__, Training.to_device, Draws.normal, Draws.uniform
 
-    def made(self: Training, *args) -> None:
-        init(self, *args)
+    def made(self: Training, run: Run, team: Team) -> None:
+        init(self, run, team)
         for network in [*self.recipe.networks.values(), self.average]:
             network.double()
         self.recipe.pl_mean = self.recipe.pl_mean.double()
 
+    def moved(self: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        x, c = to_device(self, images, labels)
+        return x.double(), c.double()
+
     Training.__init__ = made
-    Training.to_device = lambda self, *args: tuple(x.double() for x in to_device(self, *args))
+    Training.to_device = moved
     Draws.normal = lambda self, *shape: normal(self, *shape).double()
     Draws.uniform = lambda self, *shape: uniform(self, *shape).double()
 

@@ -7,6 +7,7 @@ DeepSpeed's engines. Both leave the networks bare: a phase calls them as it like
 import contextlib
 import datetime
 import logging
+import math
 import os
 import re
 import warnings
@@ -209,14 +210,14 @@ class Replicated:
         shapes: list[list[Tensor]] = [[*bucket] for bucket in self.buckets]
         shapes[-1] += [*others, has]
         parts = [x for each, flat in zip(shapes, sums, strict=True) for x in like(each, flat)]
-        bad = torch.stack([(~torch.isfinite(x)).sum() for x in sums]).sum()
-        *present, count = torch.cat([parts[-1], bad[None].to(parts[-1].dtype)]).tolist()  # one wait for both
+        total = torch.stack([x.sum() for x in sums]).sum()  # not finite if anything is not
+        *present, total = torch.cat([parts[-1], total[None]]).tolist()  # one wait for both
         parameters = [p for bucket in self.buckets for p in bucket]
         for p, grad, any_ in zip(parameters, parts, present, strict=False):
             p.grad = grad if any_ else None
-        for x, total in zip(others, parts[len(parameters) : -1], strict=True):
-            x.copy_(total)
-        return int(count)
+        for x, its in zip(others, parts[len(parameters) : -1], strict=True):
+            x.copy_(its)
+        return 0 if math.isfinite(total) else count_nonfinite(sums)
 
     def step(self) -> None:
         self.optimizer.step()
