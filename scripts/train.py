@@ -21,16 +21,13 @@ def main(args: Sequence[str]) -> int | None:
     from styleloom.training.distributed import Team  # after the arguments: a typo should not cost the imports
 
     team = Team()
-    try:
-        if dry:
-            from styleloom.training.dryrun import dry_run
-
-            return dry_run(settings, team)
-        from styleloom.training.loop import train
-
-        return train(settings, team)
-    finally:
-        team.close()
+    if dry:
+        from styleloom.training.dryrun import dry_run as act
+    else:
+        from styleloom.training.loop import train as act
+    status = act(settings, team)
+    team.close()  # not where something was raised: it may wait for the others, who wait for this process
+    return status
 
 
 def read_settings(preset: str, args: Sequence[str], prog: str = "train") -> Run:

@@ -438,10 +438,20 @@ def test_a_damaged_one_is_set_aside_and_written_anew(three, run):
 def test_what_is_set_aside_stays(three):
     for _ in range(3):
         shutil.copytree(three / "nimg-000000016", three / "nimg-000000024", dirs_exist_ok=True)
+        truncate(three / "nimg-000000024" / "G.safetensors")
         checkpoint.set_aside(three, three / "nimg-000000016")
     assert checkpoint.set_aside(three, three / "nimg-000000016") == []
     aside = ["nimg-000000024.damaged", "nimg-000000024.damaged-1", "nimg-000000024.damaged-2"]
     assert names(three) == ["nimg-000000008", "nimg-000000016", *aside]
+
+
+@pytest.mark.parametrize("good", ["nimg-000000016", None])
+def test_one_that_another_training_has_saved_meanwhile_is_not_set_aside(three, good):
+    """As where a run was requeued while its last try still saved."""
+    before = names(three)
+    with pytest.raises(ValueError, match="another training has just saved"):
+        checkpoint.set_aside(three, good and three / good)
+    assert names(three) == before
 
 
 # Which are kept

@@ -462,6 +462,17 @@ def test_a_second_training_in_the_same_folder_is_refused(copy, unlabelled, argum
     assert train.main(arguments(unlabelled, copy, *more)) == 0
 
 
+def test_a_batch_that_is_not_trained_on_is_not_reported(unlabelled, settings, tmp_path):
+    """The one that a stopped run drops."""
+    training = Training(settings(unlabelled, tmp_path / "out"), Team())
+    training.begin()
+    its = training.stream()
+    training.step(*next(its))
+    next(its)
+    assert report.Report.state_dict()["data/replaced"][0] == 4
+    its.close()
+
+
 def test_processes_that_see_other_checkpoints_are_refused(copy, unlabelled, settings, monkeypatch):
     team = Team()
     elsewhere = (0, read_manifest(unlabelled).hash)  # what a node with a folder of its own would begin with

@@ -1,6 +1,8 @@
 """training/snapshots.py: scores that do not depend on the number of ranks, and the best snapshot."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,40 @@ def test_the_best_snapshot_of_a_run_is_kept_and_found(unlabelled, arguments, tmp
     assert set(scores(kept)) == {best, max(scored)}
     lines = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
     assert [line["swd"] for line in lines if "swd" in line] == pytest.approx(list(scored.values()))
+
+
+def stop_at(monkeypatch, nimg: int) -> None:
+    """Training is told to end while it makes the step to `nimg`."""
+    step = Training.step
+
+    def stopping(self, *args):
+        step(self, *args)
+        if self.nimg == nimg:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Training, "step", stopping)
+
+
+def test_stopping_where_a_snapshot_was_due_keeps_its_score(unlabelled, arguments, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 28)
+    out = tmp_path / "out"
+    assert train.main(arguments(unlabelled, out)) == 143
+    assert list(scores(out)) == ["nimg-000000028"]
+    assert scores(out)["nimg-000000028"] > 0
+    assert find_snapshot(out / "snapshots" / "best").name == "nimg-000000028"
+
+
+def test_snapshots_made_at_stops_do_not_push_others_out(unlabelled, arguments, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    command = arguments(unlabelled, out, "--total-kimg=0.096", "--keep-snapshots=2", "--score-images=0")
+    for nimg in (32, 60, 64):
+        with monkeypatch.context() as patch:
+            stop_at(patch, nimg)
+            assert train.main(command) == 143
+        assert max(scores(out)) == f"nimg-{nimg:09d}"  # what one was told to stop at can be seen
+    assert list(scores(out)) == ["nimg-000000028", "nimg-000000056", "nimg-000000064"]
+    assert train.main(command) == 0
+    assert list(scores(out)) == ["nimg-000000084", "nimg-000000096"]
 
 
 def test_no_score_if_none_is_wanted(unlabelled, arguments, tmp_path):

@@ -206,17 +206,32 @@ def newest_good(folder: Path, tell: Callable[[str], None]) -> tuple[Path, States
     return None
 
 
-def set_aside(folder: Path, good: Path) -> list[Path]:
+def set_aside(folder: Path, good: Path | None) -> list[Path]:
     """Renames the checkpoints newer than `good` to NAME.damaged, so that the run can write its own at those images.
 
-    For one process, once all have loaded `good`. Returns the new paths; nothing ever deletes them. Raises OSError.
+    For one process, once all have loaded `good` (None: there was none) and no other training can write. Returns the new
+    paths; nothing ever deletes them.
+
+    Raises:
+        ValueError: one of them is whole, and has come since.
+        OSError: renaming failed.
     """
     aside = []
     for path in complete(folder):
-        if _nimg(path) > _nimg(good):
+        if good is None or _nimg(path) > _nimg(good):
+            if _is_whole(path):
+                raise ValueError(f"another training has just saved {path}: the same command goes on from there")
             fresh = (path.with_name(f"{path.name}.damaged{f'-{n}' if n else ''}") for n in itertools.count())
             aside.append(path.rename(next(name for name in fresh if not name.exists())))
     return aside
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        _read(folder)
+        return True
+    except ValueError:
+        return False
 
 
 def _read(folder: Path) -> tuple[States, dict[str, Any], Run]:
@@ -346,12 +361,14 @@ def save_snapshot(
     class_names: list[str],
     score: float | None = None,
     score_name: str = "",
+    at_stop: bool = False,
 ) -> Path:
     """Writes `folder/nimg-NNNNNNNNN`: the averaged generator, what is needed to build it, and the discriminator, from
     which `--init` can go on. Then `mark_best`.
 
     Args:
         score: how good it is by the measure `score_name` (such as "swd"), lower is better; None or not finite: unknown.
+        at_stop: it is made because the run is stopped, not because it is time.
 
     Raises OSError naming the folder; nothing is left of the new one then.
     """
@@ -366,6 +383,7 @@ def save_snapshot(
         "class_names": class_names,
         "score": score if score is not None and math.isfinite(score) else None,
         "score_name": score_name,
+        "at_stop": at_stop,
         "run": run.model_dump(mode="json"),
     }
     with whole_folder(target) as temporary:
@@ -406,11 +424,22 @@ def mark_best(folder: Path) -> Path | None:
 
 
 def retain_snapshots(folder: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` snapshots (0: none is deleted) and the best one."""
-    best = best_snapshot(folder)
-    for path in complete(folder)[:-keep]:  # which is none for 0
-        if path != best:
+    """Deletes all but the newest `keep` snapshots (0: none is deleted) and the best one. Those made because a run was
+    stopped do not count, and go once there is a newer one."""
+    if not keep:
+        return
+    best, whole = best_snapshot(folder), complete(folder)
+    stopped = [path for path in whole if _at_stop(path)]
+    for path in [*stopped, *[path for path in whole if path not in stopped][:-keep]]:
+        if path not in (best, whole[-1]):
             _delete(path)
+
+
+def _at_stop(snapshot: Path) -> bool:
+    try:
+        return json.loads((snapshot / "snapshot.json").read_text()).get("at_stop", False)
+    except (OSError, ValueError):
+        return False
 
 
 def find_snapshot(path: Path) -> Path:

@@ -103,8 +103,8 @@ class Parallel(Section):
     """How gradients become steps on several processes. accelerate: every process holds all, one flat all-reduce a
     phase. deepspeed: its engines divide the optimizers' state; worth it from some hundred million parameters on."""
     zero_stage: int = Field(default=1, ge=0)
-    """With deepspeed, what is divided over the processes: 0 nothing, 1 the optimizers' state, 2 also gradients between
-    backward pass and step."""
+    """With deepspeed, what is divided over the processes: 0 nothing, 1 the optimizers' state, 2 also the summed
+    gradients (little: before the sum every process holds a whole one)."""
     overlap: Literal["auto", "on", "off"] = "auto"
     """With accelerate, sum gradients in buckets while the backward pass still computes others; auto: on several
     nodes, where links are slow."""

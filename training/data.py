@@ -67,8 +67,9 @@ def check_data(run: Run, team: Team, folder: str | os.PathLike[str], manifest: M
     for shard in manifest.shards:
         check_shard(folder, shard, tar_location(folder, manifest, shard))
     hashed = run.data.verify == "hash" or (run.data.verify == "auto" and manifest.bytes < HASHED_BELOW)
-    if hashed and team.main:
-        faults = hash_faults(folder, manifest)
+    if hashed:
+        mine = manifest.model_copy(update={"shards": manifest.shards[team.rank :: team.world]})
+        faults = hash_faults(folder, mine)
         if faults:
             raise ValueError(
                 f"{folder}/{faults[0].file}: {faults[0].what}. `styleloom inspect {folder} --verify` "

@@ -90,7 +90,8 @@ class Team:
 
     def totals(self, *values: float) -> list[float]:
         """The sum of each value over all processes."""
-        return self.sum_(torch.tensor(values, device=self.device)).tolist()
+        with self.together():  # until a device has its result
+            return self.sum_(torch.tensor(values, device=self.device)).tolist()
 
     def sum_named(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sums of equally named and shaped tensors; a process without a name counts as zeros."""
@@ -206,12 +207,12 @@ class Replicated:
             self._send(*others, has)
             for _, work in self.sent:
                 work.wait()
-        sums, self.sent = [flat for flat, _ in self.sent], []
-        shapes: list[list[Tensor]] = [[*bucket] for bucket in self.buckets]
-        shapes[-1] += [*others, has]
-        parts = [x for each, flat in zip(shapes, sums, strict=True) for x in like(each, flat)]
-        total = torch.stack([x.sum() for x in sums]).sum()  # not finite if anything is not
-        *present, total = torch.cat([parts[-1], total[None]]).tolist()  # one wait for both
+            sums, self.sent = [flat for flat, _ in self.sent], []
+            shapes: list[list[Tensor]] = [[*bucket] for bucket in self.buckets]
+            shapes[-1] += [*others, has]
+            parts = [x for each, flat in zip(shapes, sums, strict=True) for x in like(each, flat)]
+            total = torch.stack([x.sum() for x in sums]).sum()  # not finite if anything is not
+            *present, total = torch.cat([parts[-1], total[None]]).tolist()  # one wait for both, until a device is done
         parameters = [p for bucket in self.buckets for p in bucket]
         for p, grad, any_ in zip(parameters, parts, present, strict=False):
             p.grad = grad if any_ else None
@@ -293,8 +294,8 @@ class _Given(nn.Module):
 
 
 class Divided:
-    """A DeepSpeed engine: the optimizer's state (ZeRO 1), and what a gradient takes until the step (ZeRO 2), are
-    divided over the processes; at stage 0 nothing is (Rajbhandari et al. 2020, section 5).
+    """A DeepSpeed engine: nothing is divided over the processes (ZeRO 0), the optimizer's state (1), or also the summed
+    gradient (2) (Rajbhandari et al. 2020, section 5). Every process holds its own gradient whole until it is summed.
 
     Args:
         stage: of ZeRO, 0 to 2. Stage 3 divides the parameters too, which a second derivative cannot be taken through.
@@ -321,7 +322,8 @@ class Divided:
             optimizer=self.optimizer,
             config={
                 "train_micro_batch_size_per_gpu": 1,  # it only counts with it
-                "zero_optimization": {"stage": stage},
+                # It takes a buffer of the bucket's size, by default 2 GB.
+                "zero_optimization": {"stage": stage, "reduce_bucket_size": sum(p.numel() for p in self.parameters)},
                 "gradient_clipping": 0.0,  # by default it clips to a norm of 1
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": None,
@@ -343,28 +345,28 @@ class Divided:
         has = torch.tensor([p in self.gradients for p in self.parameters], device=self.team.device)
         bad = torch.tensor(count_nonfinite(list(self.gradients.values()), others), device=self.team.device)
         tensors = [*others, has, bad]
-        *totals, present, count = like(tensors, self.team.sum_(torch.cat([x.flatten().double() for x in tensors])))
+        with self.team.together():  # until a device has its result
+            *totals, present, count = like(tensors, self.team.sum_(torch.cat([x.flatten().double() for x in tensors])))
+            self.reached = [p for p, any_ in zip(self.parameters, present.tolist(), strict=True) if any_]
         for x, total in zip(others, totals, strict=True):
             x.copy_(total)
-        self.reached = [p for p, any_ in zip(self.parameters, present.tolist(), strict=True) if any_]
         return int(count)
 
     def step(self) -> None:
         reached = set(self.reached)
         self.idle = {i for i, part in enumerate(self.parts) if reached.isdisjoint(part)}
         assert all(i in self.idle or reached.issuperset(part) for i, part in enumerate(self.parts))
-        gradients = [self.gradients.pop(p, None) for p in self.reached]
-        # The engine takes the mean over the processes.
-        given = [
-            torch.zeros_like(p) if g is None else g * self.team.world
-            for p, g in zip(self.reached, gradients, strict=True)
-        ]
-        del gradients
+        given = [self._given(p) for p in self.reached]
         with self.team.together():
             loss = self.engine(self.reached, given)
             del given
             self.engine.backward(loss)
             self.engine.step()
+
+    def _given(self, p: nn.Parameter) -> Tensor:
+        """A parameter's gradient, as the engine wants it: it takes the mean over the processes."""
+        gradient = self.gradients.pop(p, None)
+        return torch.zeros_like(p) if gradient is None else gradient * self.team.world
 
     def _leave_idle(self, optimizer: Optimizer, *_: Any) -> None:
         """Before the optimizer's step, of one part or of all: the engine fills in zeros for what has no gradient."""

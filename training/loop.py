@@ -29,7 +29,8 @@ class _Woken(BaseException):
 
 
 class Stop:
-    """Whether SIGTERM or Ctrl-C has come. The first ends training in good order; a second Ctrl-C ends it at once.
+    """Whether SIGTERM or Ctrl-C has come. The first ends training in good order; a second Ctrl-C ends it at once, but
+    for a save that is being written.
 
     Args:
         grace: begins with SIGTERM.
@@ -85,16 +86,15 @@ def train(run: Run, team: Team) -> int:
     if training.nimg >= total:
         say(team, f"{out} is complete at {training.nimg / 1000:g} kimg; a larger --total-kimg goes on with it.")
         return 0
-    with own_folder(out, team):
-        if team.main and training.resumed_from:
-            checkpoint.set_aside(out / "checkpoints", training.resumed_from)
+    with contextlib.ExitStack() as stack:
+        training.agree(lambda: stack.enter_context(own_folder(training, out)) if team.main else None)
         return loop(training, total)
 
 
 def loop(training: Training, total: int) -> int:
     """Trains up to `total` images; the exit status as in `train`."""
     run, team = training.run, training.team
-    writer = start_writing(training, Path(run.out)) if team.main else None
+    writer = training.agree(lambda: start_writing(training, Path(run.out)) if team.main else None)
     training.bad_log = Path(run.out) / f"bad_samples{f'-{team.rank}' if team.rank else ''}.jsonl"
     shown = team.main and sys.stderr.isatty()
     bar = tqdm(total=total, initial=training.nimg, unit="img", disable=not shown, leave=False)
@@ -145,13 +145,11 @@ def too_late(run: Run) -> str:
 
 
 @contextlib.contextmanager
-def own_folder(out: Path, team: Team) -> Iterator[None]:
-    """Keeps a second training out of the run's folder while this one goes on."""
-    if not team.main:
-        yield
-        return
+def own_folder(training: Training, out: Path) -> Iterator[None]:
+    """Keeps a second training out of the run's folder while this one goes on. For the main process."""
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock", f"another styleloom train is running in {out}: let it end first, or give another --out"):
+        checkpoint.set_aside(out / "checkpoints", training.resumed_from)
         yield
 
 
@@ -175,7 +173,7 @@ def finish(
         training.save(saver)
     training.saved(saver)
     if stopped:
-        snapshots.write(writer, scored=False)
+        snapshots.write(writer, at_stop=True)
     if writer:
         writer.close()
     if stopped:

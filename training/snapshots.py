@@ -29,11 +29,19 @@ class Snapshots:
     def __init__(self, training: Training) -> None:
         self.training = training
         self.reals: Descriptors | None = None
+        self.written: int | None = None  # nimg of the newest
 
-    def write(self, writer: report.Writer | None, scored: bool = True) -> None:
-        """Writes a snapshot and a grid of samples. To be called by all processes; the main one has the writer."""
+    def write(self, writer: report.Writer | None, at_stop: bool = False) -> None:
+        """Writes a snapshot and a grid of samples, unless it is there. To be called by all processes; the main one has
+        the writer.
+
+        at_stop: because the run is stopped: at once, without a score.
+        """
         training = self.training
-        n = self.scored_images() if scored else 0
+        if self.written == training.nimg:
+            return
+        self.written = training.nimg
+        n = 0 if at_stop else self.scored_images()
         score = self.score(n) if n else None
         training.team.place.at("writing a snapshot")
         if not writer:
@@ -45,7 +53,7 @@ class Snapshots:
         checkpoint.save_snapshot(
             folder, training.average, recipe.networks[recipe.discriminator], run, training.nimg,
             training.width, training.height, m.channels, m.class_names if run.data.labels else [],
-            score, f"swd-{n}" if n else "",
+            score, f"swd-{n}" if n else "", at_stop,
         )  # fmt: skip
         checkpoint.retain_snapshots(folder, run.keep_snapshots)
         writer.picture(f"fakes-{training.nimg:09d}", sample_grid(training), training.nimg)
@@ -69,7 +77,7 @@ class Snapshots:
         return distance(self.reals, its, projections=128, normalise_by="reals")["swd/mean"]
 
     def _described(self, what: str, n: int, images: Callable[[range], Tensor]) -> Descriptors:
-        """Of the first n of some images, from all processes."""
+        """Of the first n of some images, from all processes; empty on all but the main one."""
         team = self.training.team
         mine = Descriptors(patches=64)
         for start in range(0, n, CHUNK * team.world):
@@ -79,7 +87,8 @@ class Snapshots:
                 mine.add(images(positions), positions)
         whole = Descriptors(patches=64)
         for each in team.gather([mine]):
-            whole.merge(each)
+            if team.main:
+                whole.merge(each)
         return whole
 
 

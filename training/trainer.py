@@ -8,7 +8,7 @@ import platform
 import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from .phases import Batch, Phase, own_rows, reached, run_phase
 from .saver import Saver
 
 TOLD = 20  # replaced samples that are told of on stderr; all are written down
+T = TypeVar("T")
+
 PATIENCE = 10  # runs of a phase in a row with non-finite gradients, after which training stops
 
 
@@ -56,6 +58,7 @@ class Training:
         self.bad_log: Path | None = None  # where replaced samples are written down
         self.bad_seen: set[tuple[str, int]] = set()
         self.bad_last: Bad | None = None
+        self.replaced: Tensor | None = None  # fp64 [n]: which of the batch's samples are, 1 or 0
         self.streamed_from = 0  # nimg
         self.bad_new = self.bad_total = 0  # replaced here since the last sum, and by all processes
         self.skipped: dict[str, int] = {}  # steps left out in a row, by phase
@@ -87,7 +90,7 @@ class Training:
         with contextlib.closing(its):
             try:
                 for images, labels in its:
-                    report.report("data/replaced", (torch.arange(len(labels)) < len(bad)).double())
+                    self.replaced = (torch.arange(len(labels)) < len(bad)).double()
                     self.bad_new += len(bad)
                     self.tell_of(bad)
                     yield images, labels
@@ -118,7 +121,9 @@ class Training:
             ValueError: more samples were replaced than `data.max_bad` allows.
             OSError: the last checkpoint could not be written; SystemExit where another process says so.
         """
-        signals, bad, _ = self._agree(saver.check, bool(signal), self.bad_new)
+        _, fault = _attempt(saver.check)
+        signals, bad, faults = self.team.totals(bool(signal), self.bad_new, fault is not None)
+        self._raise_together(fault, faults)
         self.bad_new, self.bad_total = 0, self.bad_total + round(bad)
         if bad:
             last = next(each for each in self.team.gather([self.bad_last]) if each is not None)
@@ -128,20 +133,21 @@ class Training:
     def saved(self, saver: Saver) -> None:
         """Returns once the last checkpoint is written; raises OSError or SystemExit as `stopping` does, on all."""
         self.team.place.at("saving")
-        self._agree(saver.finish)
+        self.agree(saver.finish)
 
-    def _agree(self, check: Callable[[], None], *values: float) -> list[float]:
-        """The sums of the values over all processes, and of their faults: raises on all if `check` raises OSError on
-        one, so that none goes on or ends well alone."""
-        fault = None
-        try:
-            check()
-        except OSError as error:
-            fault = error
-        totals = self.team.totals(*values, fault is not None)
-        if totals[-1]:
+    def agree(self, action: Callable[[], T]) -> T:
+        """What `action` returns, if it raises on no process. To be called by all.
+
+        Raises its ValueError or OSError where it does, and SystemExit on the others: none goes on, or ends well, alone,
+        and one message is enough.
+        """
+        result, fault = _attempt(action)
+        self._raise_together(fault, *self.team.totals(fault is not None))
+        return result  # type: ignore[return-value]
+
+    def _raise_together(self, fault: Exception | None, faults: float) -> None:
+        if faults:
             raise fault or SystemExit(1)
-        return totals
 
     def tell_of(self, bad: list[Bad]) -> None:
         """Writes replaced samples down in `bad_samples.jsonl`, and on stderr each once; empties the list."""
@@ -184,6 +190,8 @@ class Training:
     def step(self, images: Tensor, labels: Tensor) -> None:
         """One iteration on this process's uint8 images and int labels: all phases that are due, then the average."""
         run, recipe = self.run, self.recipe
+        if self.replaced is not None:
+            report.report("data/replaced", self.replaced)
         reals, classes = self.to_device(images, labels)
         for phase in recipe.phases:
             if schedule.due(self.nimg, run.batch, phase.interval):
@@ -230,7 +238,8 @@ class Training:
             check_replicas(self.team.rank, self.team.gather, tensors, self.nimg)
 
     def save(self, saver: Saver) -> None:
-        """Begins to write a checkpoint. To be called by all processes."""
+        """Begins to write a checkpoint, once the one before is written. To be called by all processes."""
+        self.saved(saver)
         self.check_replicas()
         self.team.place.at("saving")
         report.Report.merge(self.team.sum_named, self.team.main)
@@ -351,6 +360,14 @@ class Training:
         if (folder / "discriminator.safetensors").exists():
             discriminator = checkpoint.read_tensors(folder / "discriminator.safetensors")
             checkpoint.fill(self.recipe.networks[self.recipe.discriminator], discriminator, folder)
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """(what it returned, what it raised)."""
+    try:
+        return action(), None
+    except (ValueError, OSError) as error:
+        return None, error
 
 
 def versions() -> dict[str, str]:
