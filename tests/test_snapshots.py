@@ -96,7 +96,13 @@ def stop_at(monkeypatch, nimg: int) -> None:
 
 
 def test_stopping_where_a_snapshot_was_due_keeps_its_score(unlabelled, arguments, tmp_path, monkeypatch):
-    stop_at(monkeypatch, 28)
+    write = Snapshots.write
+
+    def then_stop(self, *args, **options):
+        write(self, *args, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Snapshots, "write", then_stop)
     out = tmp_path / "out"
     assert train.main(arguments(unlabelled, out)) == 143
     assert list(scores(out)) == ["nimg-000000028"]
@@ -115,6 +121,14 @@ def test_snapshots_made_at_stops_do_not_push_others_out(unlabelled, arguments, t
     assert list(scores(out)) == ["nimg-000000028", "nimg-000000056", "nimg-000000064"]
     assert train.main(command) == 0
     assert list(scores(out)) == ["nimg-000000084", "nimg-000000096"]
+
+
+def test_a_signal_while_reals_do_not_come_leaves_out_the_score(training):
+    training.run = training.run.model_copy(update={"score_images": 24})
+    snapshots = Snapshots(training, take=lambda items: None)
+    assert snapshots.score(24) is None
+    snapshots.take = next
+    assert isinstance(snapshots.score(24), float)
 
 
 def test_no_score_if_none_is_wanted(unlabelled, arguments, tmp_path):

@@ -90,6 +90,8 @@ class Team:
 
     def totals(self, *values: float) -> list[float]:
         """The sum of each value over all processes."""
+        if self.world == 1:
+            return [float(value) for value in values]
         with self.together():  # until a device has its result
             return self.sum_(torch.tensor(values, device=self.device)).tolist()
 

@@ -106,7 +106,7 @@ def loop(training: Training, total: int) -> int:
         contextlib.closing(training.stream()) as reals,
         bar,
     ):
-        tick, snapshots = Tick(training), Snapshots(training)
+        tick, snapshots = Tick(training), Snapshots(training, stop.take)
         while training.nimg < total:
             before = training.nimg
             team.place.at("waiting for data")

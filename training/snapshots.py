@@ -1,8 +1,9 @@
 """What people look at: snapshots of the averaged generator, how good each is, and grids of fakes and reals."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL.Image import Image
@@ -24,10 +25,13 @@ class Snapshots:
 
     The score is the sliced Wasserstein distance to the data set's first images (`metrics.distance`), by their colours:
     lower is better. It is a rough one: it sees colours, textures and severe collapse, not what a picture shows.
+
+    Args:
+        take: the next of some items, or None where a signal says not to wait for it any longer, as reals may not come.
     """
 
-    def __init__(self, training: Training) -> None:
-        self.training = training
+    def __init__(self, training: Training, take: Callable[[Iterator[Any]], Any | None] = next) -> None:
+        self.training, self.take = training, take
         self.reals: Descriptors | None = None
         self.written: int | None = None  # nimg of the newest
 
@@ -67,26 +71,36 @@ class Snapshots:
 
     def score(self, n: int) -> float | None:
         """The distance of n generated images, always from the same latents, to n real ones. None on all but the main
-        process. To be called by all: each makes its share."""
+        process, and if a signal came. To be called by all: each makes its share."""
         training = self.training
         if self.reals is None:
-            self.reals = self._described("looking at reals", n, lambda positions: reals(training, positions))
+            self.reals = self._described(
+                "looking at reals", n, lambda positions: reals(training, positions, prefetch=True)
+            )
+        if self.reals is None:
+            return None
         its = self._described("looking at fakes", n, lambda positions: fakes(training, "score", positions))
-        if not training.team.main:
+        if its is None or not training.team.main:
             return None
         return distance(self.reals, its, projections=128, normalise_by="reals")["swd/mean"]
 
-    def _described(self, what: str, n: int, images: Callable[[range], Tensor]) -> Descriptors:
-        """Of the first n of some images, from all processes; empty on all but the main one."""
+    def _described(self, what: str, n: int, images: Callable[[range], Tensor]) -> Descriptors | None:
+        """Of the first n of some images, from all processes; empty on all but the main one. None if a signal came."""
         team = self.training.team
-        mine = Descriptors(patches=64)
-        for start in range(0, n, CHUNK * team.world):
+        step = CHUNK * team.world
+        chunks = [range(start + team.rank, min(start + step, n), team.world) for start in range(0, n, step)]
+        mine: Descriptors | None = Descriptors(patches=64)
+        for positions in filter(len, chunks):
             team.place.at(what)
-            positions = range(start + team.rank, min(start + CHUNK * team.world, n), team.world)
-            if positions:
-                mine.add(images(positions), positions)
+            made = self.take(map(images, [positions]))
+            if made is None:
+                mine = None
+                break
+            mine.add(made, positions)
         whole = Descriptors(patches=64)
         for each in team.gather([mine]):
+            if each is None:
+                return None
             if team.main:
                 whole.merge(each)
         return whole
@@ -101,16 +115,19 @@ def fakes(training: Training, purpose: str, positions: range) -> Tensor:
     return torch.cat([report.to_uint8(x) for x in images])
 
 
-def reals(training: Training, positions: range) -> Tensor:
-    """uint8 [n, C, H, W], on the CPU: the images at these positions of the stream."""
+def reals(training: Training, positions: range, prefetch: bool = False) -> Tensor:
+    """uint8 [n, C, H, W], on the CPU: the images at these positions of the stream.
+
+    prefetch: fetch remote shards in a thread, so that a signal ends the waiting for them; not before the processes that
+    read data are there: they would be forked in the midst of it.
+    """
     bad: list[Bad] = []
-    # Without threads of its own, which the processes that read data would be forked in the midst of.
     its = training.batches(
         start=positions[0] - positions[0] % positions.step,
         batch=len(positions) * positions.step,
         rank=positions[0] % positions.step,
         world=positions.step,
-        prefetch=False,
+        prefetch=prefetch,
         report_bad=bad.append,
     )
     with contextlib.closing(its):
