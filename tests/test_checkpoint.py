@@ -12,7 +12,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from styleloom.training import checkpoint
 from styleloom.training.config import Run
@@ -38,50 +37,6 @@ def save(folder, states, run, nimg, keep=2, keep_every=0):
 
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-# Optimizers
-
-
-def make_optimizer():
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    return network, torch.optim.Adam(network.parameters(), lr=0.1, betas=(0.0, 0.9))
-
-
-def step(network, optimizer, only_first=False):
-    optimizer.zero_grad(set_to_none=True)
-    x = network[0](torch.ones(5, 3)) if only_first else network(torch.ones(5, 3))
-    x.square().sum().backward()
-    optimizer.step()
-
-
-def test_an_optimizer_goes_on_as_if_it_had_never_stopped(tmp_path):
-    network, optimizer = make_optimizer()
-    step(network, optimizer)
-    step(network, optimizer, only_first=True)
-    state = checkpoint.optimizer_state(optimizer, network)
-    assert sorted(state)[:3] == ["0.bias:exp_avg", "0.bias:exp_avg_sq", "0.bias:step"]
-    assert (state["0.bias:step"], state["1.bias:step"]) == (2, 1)
-    checkpoint.write_tensors(tmp_path / "optimizer.safetensors", state)
-    other, fresh = make_optimizer()
-    other.load_state_dict(network.state_dict())
-    step(other, fresh)  # leaves a state that has to go
-    other.load_state_dict(network.state_dict())
-    checkpoint.load_optimizer_state(fresh, other, checkpoint.read_tensors(tmp_path / "optimizer.safetensors"))
-    for _ in range(2):
-        step(network, optimizer)
-        step(other, fresh)
-    for a, b in zip(network.parameters(), other.parameters(), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_an_optimizer_that_never_stepped_has_no_state():
-    network, optimizer = make_optimizer()
-    assert checkpoint.optimizer_state(optimizer, network) == {}
-    step(network, optimizer)
-    checkpoint.load_optimizer_state(optimizer, network, {})
-    assert checkpoint.optimizer_state(optimizer, network) == {}
 
 
 # Whole folders
@@ -740,12 +695,3 @@ def test_weights_that_do_not_fit_are_refused_by_name(snapshot, change, what):
     save_file(tensors, snapshot / "generator.safetensors")
     with pytest.raises(ValueError, match=what):
         checkpoint.load_generator(snapshot)
-
-
-def test_restored_optimizer_state_lies_where_its_parameter_does():
-    """A fused optimizer on a GPU needs its step count there; `meta` stands in for the GPU."""
-    network = torch.nn.Linear(2, 2, device="meta")
-    optimizer = torch.optim.Adam(network.parameters())
-    saved = {"weight:step": torch.tensor(3.0), "weight:exp_avg": torch.zeros(2, 2)}
-    checkpoint.load_optimizer_state(optimizer, network, saved)
-    assert {x.device.type for x in optimizer.state[network.weight].values()} == {"meta"}

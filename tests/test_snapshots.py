@@ -12,6 +12,7 @@ from styleloom.scripts import train
 from styleloom.training import metrics, report
 from styleloom.training.checkpoint import complete, find_snapshot
 from styleloom.training.distributed import Team
+from styleloom.training.loop import Stop
 from styleloom.training.snapshots import Snapshots, fakes, reals
 from styleloom.training.trainer import Training
 
@@ -106,6 +107,10 @@ def test_stopping_where_a_snapshot_was_due_keeps_its_score(unlabelled, arguments
     out = tmp_path / "out"
     assert train.main(arguments(unlabelled, out)) == 143
     assert list(scores(out)) == ["nimg-000000028"]
+    assert scores(out)["nimg-000000028"] > 0
+    monkeypatch.undo()
+    monkeypatch.setattr(Stop, "take", lambda self, items: os.kill(os.getpid(), signal.SIGTERM))
+    assert train.main(arguments(unlabelled, out)) == 143  # at once, at the same images
     assert scores(out)["nimg-000000028"] > 0
     assert find_snapshot(out / "snapshots" / "best").name == "nimg-000000028"
 

@@ -24,7 +24,6 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from .config import Run, write_run
 from .networks import Generator, build
@@ -39,22 +38,6 @@ DTYPES = {
 
 _names = threading.Lock()  # held while folders get other names, which several threads may want at once
 _begun: set[Path] = set()  # the temporary folders that this process is writing
-
-
-def optimizer_state(optimizer: Optimizer, network: nn.Module) -> dict[str, Tensor]:
-    """The tensors of an optimizer as PARAMETER:KEY -> tensor. Its hyper-parameters follow from the run."""
-    names: dict[Tensor, str] = {p: name for name, p in network.named_parameters()}
-    return {f"{names[p]}:{key}": x for p, state in optimizer.state.items() for key, x in state.items()}
-
-
-def load_optimizer_state(optimizer: Optimizer, network: nn.Module, state: dict[str, Tensor]) -> None:
-    """The reverse of `optimizer_state`."""
-    parameters = dict(network.named_parameters())
-    optimizer.state.clear()
-    for name, x in state.items():
-        parameter, key = name.rsplit(":", 1)
-        p = parameters[parameter]
-        optimizer.state[p][key] = x.to(p.device) if key == "step" else torch.empty_like(p).copy_(x)
 
 
 @contextlib.contextmanager
@@ -136,7 +119,7 @@ def save(folder: Path, states: States, meta: dict[str, Any], run: Run, keep: int
 
     Raises OSError naming the folder; no part of a new checkpoint is left then, and the earlier ones stay.
     """
-    target = folder / _name(meta["nimg"])
+    target = folder / name_of(meta["nimg"])
     if target.exists():  # the run goes on from its newest checkpoint, so this one holds the same
         return target
     with whole_folder(target) as temporary:
@@ -326,7 +309,8 @@ def _brief(error: Exception) -> str:
     return f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
 
 
-def _name(nimg: int) -> str:
+def name_of(nimg: int) -> str:
+    """Of the folder of a checkpoint or snapshot at so many images."""
     return f"nimg-{nimg:09d}"
 
 
@@ -372,7 +356,7 @@ def save_snapshot(
 
     Raises OSError naming the folder; nothing is left of the new one then.
     """
-    target = folder / _name(nimg)
+    target = folder / name_of(nimg)
     about = {
         "format": SNAPSHOT,
         "styleloom": importlib.metadata.version("styleloom"),

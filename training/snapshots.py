@@ -33,25 +33,22 @@ class Snapshots:
     def __init__(self, training: Training, take: Callable[[Iterator[Any]], Any | None] = next) -> None:
         self.training, self.take = training, take
         self.reals: Descriptors | None = None
-        self.written: int | None = None  # nimg of the newest
 
     def write(self, writer: report.Writer | None, at_stop: bool = False) -> None:
-        """Writes a snapshot and a grid of samples, unless it is there. To be called by all processes; the main one has
-        the writer.
+        """Writes a snapshot and a grid of samples. To be called by all processes; the main one has the writer.
 
-        at_stop: because the run is stopped: at once, without a score.
+        at_stop: because the run is stopped: at once, without a score, and only if there is none yet.
         """
         training = self.training
-        if self.written == training.nimg:
-            return
-        self.written = training.nimg
+        folder = Path(training.run.out) / "snapshots"
+        if at_stop and (folder / checkpoint.name_of(training.nimg)).exists():
+            return  # with its score
         n = 0 if at_stop else self.scored_images()
         score = self.score(n) if n else None
         training.team.place.at("writing a snapshot")
         if not writer:
             return
         m, run, recipe = training.manifest, training.run, training.recipe
-        folder = Path(run.out) / "snapshots"
         if score is not None:
             report.report("swd", score)
         checkpoint.save_snapshot(
