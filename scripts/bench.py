@@ -15,9 +15,10 @@ import tyro
 
 from styleloom.ops import build
 from styleloom.ops.memory import keep_freed_memory
-from styleloom.scripts import bench_data, bench_model, bench_ops, bench_peers, bench_ranks
+from styleloom.scripts import bench_data, bench_model, bench_ops, bench_peers, bench_plan, bench_ranks
 from styleloom.scripts.bench_data import Data
-from styleloom.scripts.bench_ranks import Cluster, Ranks
+from styleloom.scripts.bench_plan import Cluster
+from styleloom.scripts.bench_ranks import Ranks
 from styleloom.scripts.bench_show import Row, Table, line, number, progress, text, titles
 from styleloom.scripts.cli import parse, run
 from styleloom.training.config import PRESETS, Run, StyleGAN2Network
@@ -228,10 +229,10 @@ def _several(options: Model, runs: Sequence[tuple[int, Run]], device: torch.devi
         raise ValueError("--ranks and --plan take one resolution and one precision, without --compare and --memory")
     (size, its), several, threads = runs[0], options.several, options.threads or 1
     if options.plan:
-        bench_ranks.check(options.gpus, options.cluster)
-        rows = bench_ranks.plan(its, size, options.gpus, options.cluster)
+        bench_plan.check(options.gpus, options.cluster)
+        rows = bench_plan.plan(its, size, options.gpus, options.cluster)
         found = {"settings": its.model_dump(mode="json"), "cluster": asdict(options.cluster), "rows": rows}
-        return found, bench_ranks.describe_plan(found)
+        return found, bench_plan.describe_plan(found)
     if several.ranks < 2:
         raise ValueError(f"--ranks {several.ranks}: they are compared with one process, so it takes 2 at least")
     if device.type == "cuda" and several.ranks > torch.cuda.device_count():
