@@ -55,6 +55,11 @@ class View:
     for_device: bool
     """... to be decoded a batch at a time elsewhere, where one that fails would fail them all."""
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an image."""
+        return self.height, self.width, self.channels
+
 
 def make_view(
     manifest: Manifest,
@@ -80,25 +85,36 @@ def make_view(
     return View(width, height, m.channels, m.codec, form, m.classes if labelled else 0, mirror, encoded, for_device)
 
 
+class Slot(NamedTuple):
+    """Where a batch lies among the slots."""
+
+    number: int
+    shape: tuple[int, ...]
+    """[n, H, W, C]"""
+
+
 class Slots:
     """Memory that workers share with the trainer, for batches on their way.
 
     Fresh shared memory for each batch, which is what DataLoader would take, costs two fifths of decoding a JPEG of
     1024 px: the system has to clear each page. Here each worker has `each` slots in turn. DataLoader lets it be at most
     PREFETCH batches ahead of the trainer, which copies a batch out at once.
+
+    size: bytes of the largest batch. Smaller ones take the front of a slot, and what was never filled takes no memory.
     """
 
-    def __init__(self, workers: int, shape: tuple[int, ...]) -> None:
-        self.shape, self.each, self.turn = shape, PREFETCH + 1, 0
-        n = workers * self.each * math.prod(shape)
+    def __init__(self, workers: int, size: int) -> None:
+        self.size, self.each, self.turn = size, PREFETCH + 1, 0
+        n = workers * self.each * size
         if CONTEXT == "fork":  # not /dev/shm, which containers keep small
             self.memory = torch.frombuffer(mmap.mmap(-1, n), dtype=torch.uint8)
         else:
             self.memory = torch.empty(n, dtype=torch.uint8).share_memory_()
 
-    def slot(self, number: int) -> Tensor:
+    def images(self, slot: Slot) -> Tensor:
         """uint8 [n, H, W, C]"""
-        return self.memory.view(-1, *self.shape)[number]
+        begin = slot.number * self.size
+        return self.memory[begin : begin + math.prod(slot.shape)].view(*slot.shape)
 
     def next(self, worker: int) -> int:
         """The number of the slot that a worker may fill now."""
@@ -109,14 +125,14 @@ class Slots:
 class Assembler:
     """A batch's samples -> (images, labels int64 [n], bad ones).
 
-    The images are uint8 [n, C, H, W], in a worker the number of the slot where they lie, or a list of bytes.
+    The images are uint8 [n, C, H, W], in a worker the slot where they lie, or a list of bytes.
     """
 
     def __init__(self, reader: Reader, order: Order, view: View, slots: Slots | None) -> None:
         self.reader, self.order, self.view, self.slots = reader, order, view, slots
 
-    def __call__(self, samples: list[dict[str, Any]]) -> tuple[Tensor | int | list[bytes], Tensor, list[Bad]]:
-        number, images = self._memory(len(samples))
+    def __call__(self, samples: list[dict[str, Any]]) -> tuple[Tensor | Slot | list[bytes], Tensor, list[Bad]]:
+        slot, images = self._memory(len(samples))
         pixels = None if images is None else images.numpy()
         data, labels, bad = [], [], []
         for i, sample in enumerate(samples):
@@ -130,17 +146,17 @@ class Assembler:
             for i, sample in enumerate(samples):
                 if is_mirrored(self.order.seed, sample["__key__"]):
                     images[i : i + 1].copy_(images[i : i + 1].flip(3))  # torch is 15 times as fast here as NumPy
-        return images if number is None else number, torch.tensor(labels), bad
+        return images if slot is None else slot, torch.tensor(labels), bad
 
-    def _memory(self, n: int) -> tuple[int | None, Tensor | None]:
+    def _memory(self, n: int) -> tuple[Slot | None, Tensor | None]:
         """(slot, uint8 [n, H, W, C]) to decode into."""
         v, info = self.view, get_worker_info()
         if v.encoded:
             return None, None
         if info is None or self.slots is None:
-            return None, torch.empty(n, v.height, v.width, v.channels, dtype=torch.uint8)
-        number = self.slots.next(info.id)
-        return number, self.slots.slot(number)
+            return None, torch.empty(n, *v.shape, dtype=torch.uint8)
+        slot = Slot(self.slots.next(info.id), (n, *v.shape))
+        return slot, self.slots.images(slot)
 
     def _take(self, sample: dict[str, Any], out: np.ndarray | None, bad: list[Bad]) -> tuple[bytes, int]:
         """Puts a sample, or what stands in for it, into `out`. (encoded image, label)"""

@@ -178,9 +178,16 @@ class Prefetcher:
             threading.Thread(target=self._work, daemon=True).start()
 
     def want(self, files: Iterable[tuple[str, int, str]]) -> None:
-        """Fetches these (url, size, sha256) in order, and no longer what was wanted before and is not begun yet."""
+        """Fetches these (url, size, sha256) in order, and no longer what was wanted before and is not begun yet.
+
+        It stops where they would fill the cache: the last would drive out the first before they were read.
+        """
         self.turn += 1
+        room = self.cache.limit
         for file in files:
+            room -= file[1]
+            if room < 0:
+                break
             self.todo.put((self.turn, file))
 
     def close(self) -> None:

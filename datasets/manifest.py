@@ -360,18 +360,31 @@ def at_size(
     folder: str | os.PathLike[str], manifest: Manifest, reduce: int
 ) -> tuple[str | os.PathLike[str], Manifest, int]:
     """(folder, manifest, reduce) of the set to read for images at 1/reduce of the size: the one that was prepared at
-    that size, if there is one, and then nothing is left to reduce. Raises as `read_manifest` does."""
+    that size, if there is one, and then nothing is left to reduce.
+
+    Raises as `read_manifest` does, and ValueError if that set is not the same at another size.
+    """
     name = f"{manifest.width // reduce}x{manifest.height // reduce}"
     if reduce == 1 or name not in manifest.reduced:
         return folder, manifest, reduce
     place = storage.subfolder(folder, name)
     smaller = read_manifest(place)
-    fields = ("width", "height", "channels", "count", "class_names", "class_counts")
-    expected = manifest.model_copy(update={"width": manifest.width // reduce, "height": manifest.height // reduce})
-    differing = [field for field in fields if getattr(smaller, field) != getattr(expected, field)]
+    differing = [side for side in ("width", "height") if getattr(smaller, side) != getattr(manifest, side) // reduce]
+    differing += differences(manifest, smaller)
     if differing:
         raise ValueError(f"{place} is not the same data set at {name}: its {', '.join(differing)} differ")
     return place, smaller, 1
+
+
+def differences(a: Manifest, b: Manifest) -> list[str]:
+    """What tells two data sets apart that should be one at two sizes; empty if nothing does.
+
+    A position of the stream stands for the same sample in both only if they have the same counts, shard by shard.
+    """
+    differing = [name for name in ("channels", "class_names", "class_counts") if getattr(a, name) != getattr(b, name)]
+    if [shard.count for shard in a.shards] != [shard.count for shard in b.shards]:
+        differing.append("shards' counts")
+    return differing
 
 
 def content_hash(data: bytes) -> int:

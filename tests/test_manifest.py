@@ -12,6 +12,7 @@ from styleloom.datasets.manifest import (
     WORK,
     Manifest,
     Shard,
+    at_size,
     atomic_file,
     check_shard,
     content_hash,
@@ -143,6 +144,44 @@ def test_check_shard(folder):
 def test_where_a_tar_lies(folder, root, location):
     manifest = MANIFEST.model_copy(update={"root": root})
     assert tar_location(folder, manifest, SHARD) == location
+
+
+TWO = MANIFEST.model_copy(
+    update={
+        "shards": [SHARD, SHARD.model_copy(update={"count": 1})],
+        "count": 3,
+        "bytes": 20480,
+        "class_counts": [3, 0],
+        "reduced": ["4x2"],
+    }
+)
+
+
+def test_the_set_at_a_smaller_size(tmp_path):
+    smaller = TWO.model_copy(update={"width": 4, "height": 2, "reduced": [], "codec": "jpeg", "quality": 90})
+    (tmp_path / "4x2").mkdir()
+    write_manifest(smaller, tmp_path / "4x2")
+    assert at_size(tmp_path, TWO, 2) == (str(tmp_path / "4x2"), smaller, 1)
+    for reduce in (1, 4):  # nobody prepared that
+        assert at_size(tmp_path, TWO, reduce) == (tmp_path, TWO, reduce)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"width": 8}, "width"),
+        ({"height": 4, "channels": 1}, "height, channels"),
+        ({"class_names": ["dog", "cat"]}, "class_names"),
+        ({"class_counts": [2, 1]}, "class_counts"),
+        ({"shards": TWO.shards[::-1]}, "shards' counts"),  # a position would be another sample's
+        ({"shards": [SHARD.model_copy(update={"count": 3, "bytes": 20480})]}, "shards' counts"),
+    ],
+)
+def test_another_set_in_the_place_of_the_smaller_one_is_refused(tmp_path, change, what):
+    (tmp_path / "4x2").mkdir()
+    write_manifest(TWO.model_copy(update={"width": 4, "height": 2, "reduced": []} | change), tmp_path / "4x2")
+    with pytest.raises(ValueError, match=f"4x2 is not the same data set at 4x2: its {what} differ$"):
+        at_size(tmp_path, TWO, 2)
 
 
 def test_nobody_is_advised_to_delete_the_tars_of_others(folder):

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import get_worker_info
 
+from styleloom.datasets import stream
 from styleloom.datasets.batch import Bad, Slots
 from styleloom.datasets.decode import decode
 from styleloom.datasets.manifest import content_hash, load_index, read_manifest, write_manifest
@@ -285,6 +286,20 @@ def test_a_failing_disk_is_no_bad_sample(damaged, monkeypatch):
         take(damaged, 1, max_bad=1.0)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError("Connection reset by peer"), EOFError()])
+def test_a_worker_killed_while_it_sends(error):
+    """It breaks the connection, on some machines before the system tells of its death."""
+
+    def items():
+        yield 1
+        raise error
+
+    received = stream._received(items())
+    assert next(received) == 1
+    with pytest.raises(ValueError, match="a process that reads data was killed"):
+        next(received)
+
+
 # Other sizes and forms
 
 
@@ -355,17 +370,17 @@ def test_a_bad_image_for_a_device_is_replaced_too(pictures, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_a_slot_is_not_filled_again_before_it_was_copied(unlabelled, workers, monkeypatch):
     """However late the trainer comes for a batch: the workers are as far ahead as they may be."""
-    slot = Slots.slot
+    images = Slots.images
     late = {"turn": 0}
 
-    def slowly(self, number):
+    def slowly(self, slot):
         if get_worker_info() is None:
             late["turn"] += 1
             time.sleep(0.05)
-        return slot(self, number)
+        return images(self, slot)
 
     expected = take(unlabelled, 16, batch=2)
-    monkeypatch.setattr(Slots, "slot", slowly)
+    monkeypatch.setattr(Slots, "images", slowly)
     assert same(take(unlabelled, 16, batch=2, workers=workers), expected)
     assert late["turn"] == 16
 
@@ -397,6 +412,7 @@ def test_closing_the_stream_ends_its_workers_promptly(unlabelled):
 PROGRAM = """
 import sys
 from styleloom.datasets.manifest import read_manifest
+from styleloom.datasets import stream
 from styleloom.datasets.stream import batches
 
 stream = batches(sys.argv[1], read_manifest(sys.argv[1]), seed=0, start=0, batch=4, workers=2)
