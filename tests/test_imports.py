@@ -20,7 +20,10 @@ NARROW = {
     "training/metrics.py": set(),
     "training/saver.py": {"training.checkpoint"},
     "training/networks/layers.py": {"ops"},
-    "training/networks/stylegan2.py": {"ops", "training.networks.layers"},
+    **{
+        f"training/networks/{name}.py": {"ops", "training.networks"}
+        for name in ("growing", "stylegan2", "progressive", "stylegan1", "msg")
+    },
     "training/phases.py": {"training.distributed", "training.draws", "training.report"},
 }
 SEES_RUN = {"config", "schedule", "networks/__init__", "checkpoint", "loop", "trainer", "dryrun", "data"}

@@ -11,7 +11,16 @@ from torch.autograd import gradgradcheck
 from styleloom.ops.bias_act import ACTIVATIONS, GAINS, Activation
 from styleloom.ops.bias_act import reference as activated
 from styleloom.ops.upfirdn2d import reference, setup_filter
-from styleloom.training.networks.layers import Conv2d, Linear, minibatch_std, modulated_conv2d, normalize_2nd_moment
+from styleloom.training.networks.layers import (
+    Conv2d,
+    DiscriminatorHead,
+    Linear,
+    adain,
+    minibatch_std,
+    modulated_conv2d,
+    normalize_2nd_moment,
+    pixel_norm,
+)
 
 FILTER = setup_filter([1, 3, 3, 1])
 
@@ -236,3 +245,109 @@ def test_conv2d_without_bias_has_none():
 def test_normalize_2nd_moment():
     x = torch.tensor([[3.0, -3.0, 3.0], [0.0, 0.0, 0.0]])
     torch.testing.assert_close(normalize_2nd_moment(x), torch.tensor([[1.0, -1.0, 1.0], [0.0, 0.0, 0.0]]))
+
+
+# What the networks before StyleGAN2 are made of.
+
+LOW = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("act", ["linear", "lrelu"])
+@pytest.mark.parametrize(("up", "down", "taps"), [(1, 1, [1, 1]), (2, 1, [1, 1]), (1, 2, [1, 1])])
+def test_gain_in_the_weights_and_fused_resampling_by_plain_functions(ops_path, agree, up, down, taps, act):
+    """Nearest neighbours before the convolution, the mean of 2x2 after it; the bias is not multiplied by the gain."""
+    torch.manual_seed(0)
+    layer, x = Conv2d(16, 16, 3, act, up=up, down=down, he=True), torch.randn(2, 16, 6, 8)
+    bias = torch.nn.init.normal_(layer.get_parameter("bias")).detach().double()
+    w = layer.weight.detach().double() * GAINS[act] / math.sqrt(16 * 9)
+    y = F.interpolate(x.double(), scale_factor=up, mode="nearest")
+    y = F.conv2d(y, w.flip([2, 3]) if up == 2 else w, padding=1)  # stored mirrored where it up-samples
+    y = F.avg_pool2d(y, down) + bias[:, None, None]
+    expected = F.leaky_relu(y, 0.2) if act == "lrelu" else y
+    assert layer(x, setup_filter(taps)).shape == (2, 16, 6 * up // down, 8 * up // down)
+    agree(layer(x, setup_filter(taps)).detach(), expected, size=5)
+    agree(layer(x, setup_filter(taps), clamp=0.5).detach(), expected.clamp(-0.5, 0.5), size=5)
+
+
+@pytest.mark.parametrize("taps", [[1, 1], [1, 3, 3, 1]])
+@pytest.mark.parametrize(("up", "down"), [(1, 1), (2, 1), (1, 2)])
+def test_second_derivatives_of_resampling_layers(ops_path, up, down, taps):
+    torch.manual_seed(0)
+    layer = Conv2d(2, 2, 3, "lrelu", up=up, down=down, he=True).double()
+    x, w, b = randn(2, 2, 4, 4), randn(2, 2, 3, 3), randn(2)
+
+    def apply(x, w, b):
+        return torch.func.functional_call(layer, {"weight": w, "bias": b}, (x, setup_filter(taps)))
+
+    for t in (x, w, b):
+        t.requires_grad_()
+    assert torch.autograd.gradcheck(apply, (x, w, b))
+    assert gradgradcheck(apply, (x, w, b))
+
+
+@pytest.mark.parametrize("act", ["linear", "lrelu"])
+def test_linear_with_the_gain_in_the_weights(ops_path, act):
+    torch.manual_seed(0)
+    layer, x = Linear(8, 5, act, bias_init=0.7, he=True), torch.randn(3, 8)
+    y = F.linear(x, layer.weight * GAINS[act] / math.sqrt(8), torch.full([5], 0.7))
+    torch.testing.assert_close(layer(x), F.leaky_relu(y, 0.2) if act == "lrelu" else y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *LOW])
+def test_pixel_norm_by_hand(dtype):
+    x = 300 * torch.randn(2, 32, 3, 4).to(dtype)  # the squares' sum overflows in fp16
+    y = pixel_norm(x)
+    assert y.dtype == dtype
+    expected = x.double() / x.double().square().mean(dim=1, keepdim=True).sqrt()
+    torch.testing.assert_close(y.double(), expected, rtol={torch.float64: 1e-9}.get(dtype, 1e-2), atol=1e-6)
+    assert not pixel_norm(torch.zeros(1, 2, 1, 1)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *LOW])
+def test_adain_by_instance_norm(dtype):
+    fine = torch.float64 if dtype == torch.float64 else torch.float32
+    x = (300 * torch.randn(2, 5, 6, 7) + 100).to(dtype)
+    scale, shift = torch.randn(2, 5, dtype=fine), torch.randn(2, 5, dtype=fine)
+    y = adain(x, scale, shift)
+    assert y.dtype == dtype
+    expected = F.instance_norm(x.double(), eps=1e-8) * scale.double()[:, :, None, None]
+    expected += shift.double()[:, :, None, None]
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5}.get(dtype, 1e-2)
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_adain_of_a_constant_channel_is_its_shift():
+    shift = torch.tensor([[3.0, -2.0]])
+    y = adain(torch.full([1, 2, 4, 4], 0.3), torch.ones(1, 2), shift)
+    torch.testing.assert_close(y, shift[:, :, None, None].expand(-1, -1, 4, 4), rtol=0, atol=1e-3)
+
+
+def test_second_derivatives_of_the_normalisations():
+    x, scale, shift = randn(2, 3, 2, 3), randn(2, 3), randn(3, 2).t().contiguous()
+    for t in (x, scale, shift):
+        t.requires_grad_()
+    assert gradgradcheck(pixel_norm, x)
+    assert gradgradcheck(adain, (x, scale, shift))
+
+
+@pytest.mark.parametrize("he", [False, True])
+@pytest.mark.parametrize("mbstd_group", [1, 2])
+def test_discriminator_head_by_hand(ops_path, mbstd_group, he):
+    torch.manual_seed(0)
+    head, x = DiscriminatorHead(4, 6, (4, 5), 3, mbstd_group, img_channels=2, he=he).double(), randn(2, 4, 4, 5)
+    for p in head.parameters():
+        p.data.normal_()
+
+    def lrelu(x, weight, bias):  # x is weighted by 1 / sqrt(terms) times the weight
+        inside, outside = (2**0.5, 1) if he else (1, 2**0.5)
+        return outside * F.leaky_relu(inside * (x / math.sqrt(weight[0].numel())) + bias, 0.2)
+
+    y = minibatch_std(x, mbstd_group) if mbstd_group > 1 else x
+    conv, fc, out = head.conv, head.fc, head.out
+    y = lrelu(F.conv2d(y, conv.weight, padding=1), conv.weight, conv.get_parameter("bias")[:, None, None])
+    y = lrelu(y.flatten(1) @ fc.weight.t(), fc.weight, fc.bias)
+    y = F.linear(y, out.weight / math.sqrt(6), out.bias)
+    torch.testing.assert_close(head(x), y)
+    image = randn(2, 2, 4, 5)
+    assert head.fromrgb(image).shape == x.shape
+    assert not hasattr(DiscriminatorHead(4, 6, (4, 5), 3, mbstd_group), "fromrgb")

@@ -2,11 +2,13 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from styleloom.ops.upfirdn2d import upsample2d
 from styleloom.training import losses
 from styleloom.training.networks.stylegan2 import CLAMP, Discriminator, Generator, Synthesis, start_size, truncate
 
@@ -158,7 +160,7 @@ def test_truncation_leaves_its_input_and_psi_1_alone():
 
 # Tiny networks for the rest.
 
-SIZES = {"channel_base": 128, "channel_max": 8, "mapping_layers": 2}
+SIZES: dict[str, Any] = {"channel_base": 128, "channel_max": 8, "mapping_layers": 2}
 
 
 def tiny(width=16, height=16, img_channels=3, c_dim=0, low_precision=None):
@@ -332,3 +334,63 @@ def test_state_dicts_hold_no_filters_and_no_scalars():
             assert "filter" not in name
             assert name.split(".")[-1] != "f"
             assert value.ndim > 0, name  # DeepSpeed refuses 0-dim parameters
+
+
+# Growing. What it has in common with other networks' is in test_growing.py.
+
+
+def test_a_discriminator_that_does_not_grow_has_the_published_state():
+    """Names and shapes are as they were; growing adds a `fromrgb` to every lower level, and nothing else."""
+    settings: dict[str, Any] = {"channel_base": 64, "channel_max": 8, "mapping_layers": 1}
+    state = {name: tuple(x.shape) for name, x in Discriminator(16, 16, c_dim=2, **settings).state_dict().items()}
+    assert state == {
+        "b16.fromrgb.weight": (4, 3, 1, 1), "b16.fromrgb.bias": (4,),
+        "b16.conv0.weight": (4, 4, 3, 3), "b16.conv0.bias": (4,),
+        "b16.conv1.weight": (8, 4, 3, 3), "b16.conv1.bias": (8,), "b16.skip.weight": (8, 4, 1, 1),
+        "b8.conv0.weight": (8, 8, 3, 3), "b8.conv0.bias": (8,),
+        "b8.conv1.weight": (8, 8, 3, 3), "b8.conv1.bias": (8,), "b8.skip.weight": (8, 8, 1, 1),
+        "mapping.w_avg": (8,), "mapping.embed.weight": (8, 2), "mapping.embed.bias": (8,),
+        "mapping.fc0.weight": (8, 8), "mapping.fc0.bias": (8,),
+        "b4.conv.weight": (8, 9, 3, 3), "b4.conv.bias": (8,), "b4.fc.weight": (8, 128), "b4.fc.bias": (8,),
+        "b4.out.weight": (8, 8), "b4.out.bias": (8,),
+    }  # fmt: skip
+    grown = Discriminator(16, 16, c_dim=2, grows=True, **settings).state_dict()
+    assert {name: tuple(x.shape) for name, x in grown.items() if name not in state} == {
+        "b8.fromrgb.weight": (8, 3, 1, 1), "b8.fromrgb.bias": (8,),
+        "b4.fromrgb.weight": (8, 3, 1, 1), "b4.fromrgb.bias": (8,),
+    }  # fmt: skip
+    assert state.keys() <= grown.keys()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("level", [1, 2])
+def test_the_newest_part_of_the_image_is_added_with_its_weight(ops_path, level, alpha):
+    """Image = the parts of all levels, each up-sampled as often as there are levels above it."""
+    G, _ = tiny()
+    G.grow_to(level, alpha)
+    parts = []
+    for i in range(level + 1):
+        G.synthesis.block(i).torgb.register_forward_hook(lambda _module, _inputs, y: parts.append(y))
+    image = G(torch.randn(2, 8))
+    assert [x.shape[2] for x in parts] == [4 * 2**i for i in range(level + 1)]
+    parts[-1] = parts[-1] * alpha
+    total = parts[0]
+    for part in parts[1:]:
+        total = upsample2d(total, G.synthesis.f) + part
+    torch.testing.assert_close(image, total)
+    torch.testing.assert_close(G.upsample_image(image), upsample2d(image, G.synthesis.f))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_features_of_the_newest_level_are_blended_with_those_of_the_image_below(ops_path, alpha):
+    D = Discriminator(16, 16, mbstd_group=2, grows=True, **SIZES)
+    D.grow_to(2, alpha)
+    images = torch.randn(2, 3, 16, 16)
+    top, middle, head = (D.get_submodule(name) for name in ("b16", "b8", "b4"))
+    x = top(top.get_submodule("fromrgb")(images), D.f, None)
+    x = alpha * x + (1 - alpha) * middle.get_submodule("fromrgb")(torch.nn.functional.avg_pool2d(images, 2))
+    torch.testing.assert_close(D(images), head(middle(x, D.f, None)))
+    D.grow_to(0)
+    torch.testing.assert_close(D(images[:, :, :4, :4]), head(head.get_submodule("fromrgb")(images[:, :, :4, :4])))

@@ -7,56 +7,33 @@ nominal resolution 4, 8, 16, ...: the sides of a rectangular image start from an
 
 import math
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ...ops.conv2d import memory_format
 from ...ops.upfirdn2d import setup_filter, upsample2d
-from .layers import Conv2d, Linear, minibatch_std, modulated_conv2d, normalize_2nd_moment, run_block
-
-Noise = str | Sequence[Tensor]  # "const", "none", or one [N, 1, H, W] a layer
+from . import growing
+from .growing import CLAMP as CLAMP
+from .growing import Noise, channels
+from .growing import start_size as start_size
+from .growing import truncate as truncate
+from .layers import Conv2d, DiscriminatorHead, Linear, modulated_conv2d, normalize_2nd_moment, run_block
 
 FILTER = [1, 3, 3, 1]
-CLAMP = 256.0  # of activations in low-precision levels: fp16 must not overflow
 
 
-def start_size(width: int, height: int) -> tuple[int, int, int]:
-    """(start height, start width, number of levels) of an image: halve both sides while both stay 4 or more.
-
-    Raises:
-        ValueError: the sides are not a small start size times a power of 2.
-    """
-    levels = 1
-    w, h = width, height
-    while w % 2 == 0 and h % 2 == 0 and min(w, h) >= 8:
-        w, h, levels = w // 2, h // 2, levels + 1
-    if levels < 2 or max(w, h) > 32 or min(w, h) < 4:
-        raise ValueError(
-            f"{width}x{height} px: both sides must be a start size of 4 to 32 times the same power of 2 "
-            "(256x256, 768x512, 1280x768, ...); prepare the data set at such a size"
-        )
-    return h, w, levels
-
-
-class Mapping(nn.Module):
-    """z (and label) -> w.
-
-    `w_avg` [w_dim] is the running mean of w, the point that truncation moves towards.
-    """
-
-    w_avg: Tensor
+class Mapping(growing.Mapping):
+    """z (and label) -> w."""
 
     def __init__(self, z_dim: int, c_dim: int, w_dim: int, layers: int, lr_mul: float = 0.01) -> None:
-        super().__init__()
-        self.z_dim, self.c_dim, self.w_dim, self.layers = z_dim, c_dim, w_dim, layers
+        super().__init__(w_dim)
+        self.z_dim, self.c_dim, self.layers = z_dim, c_dim, layers
         if c_dim:
             self.embed = Linear(c_dim, w_dim)
         widths = [z_dim + (w_dim if c_dim else 0)] + [w_dim] * layers
         for i in range(layers):
             self.add_module(f"fc{i}", Linear(widths[i], widths[i + 1], act="lrelu", lr_mul=lr_mul))
-        self.register_buffer("w_avg", torch.zeros(w_dim))
 
     def forward(self, z: Tensor | None, c: Tensor | None = None) -> Tensor:
         """z [N, z_dim] (None where z_dim is 0), c [N, c_dim] one-hot -> w [N, w_dim], fp32."""
@@ -71,20 +48,6 @@ class Mapping(nn.Module):
         for i in range(self.layers):
             x = self.get_submodule(f"fc{i}")(x)
         return x
-
-    @torch.no_grad()
-    def update_w_avg(self, w_mean: Tensor, beta: float) -> None:
-        """Moves `w_avg` towards the mean w [w_dim] of a batch."""
-        self.w_avg.lerp_(w_mean.to(self.w_avg.dtype), 1 - beta)
-
-
-def truncate(ws: Tensor, w_avg: Tensor, psi: float, cutoff: int | None = None) -> Tensor:
-    """ws [N, num_ws, w_dim] moved towards `w_avg`, all layers or the first `cutoff` (StyleGAN, appendix B)."""
-    if psi == 1:
-        return ws
-    ws = ws.clone()
-    ws[:, :cutoff] = w_avg.lerp(ws[:, :cutoff], psi)
-    return ws
 
 
 class SynthesisLayer(nn.Module):
@@ -155,8 +118,9 @@ class SynthesisBlock(nn.Module):
         noise: Sequence[Tensor | str],
         dtype: torch.dtype,
         clamp: float | None,
+        alpha: float,
     ) -> tuple[Tensor, Tensor]:
-        """ws [N, num_conv + 1, w_dim]: one w a convolution, the last for ToRGB."""
+        """ws [N, num_conv + 1, w_dim]: one w a convolution, the last for ToRGB. `alpha`: weight of its part."""
         if self.first:
             y = self.const.to(dtype)[None].expand(len(ws), -1, -1, -1)
             y = y.contiguous(memory_format=memory_format(y.device))
@@ -165,13 +129,16 @@ class SynthesisBlock(nn.Module):
             y = self.conv0(x.to(dtype), ws[:, 0], f, noise[0], clamp)
         y = self.conv1(y, ws[:, self.num_conv - 1], f, noise[-1], clamp)
         rgb = self.torgb(y, ws[:, self.num_conv], clamp)
-        return y, rgb if img is None else upsample2d(img, f) + rgb
+        return y, rgb if img is None else torch.add(upsample2d(img, f), rgb, alpha=alpha)
 
 
-class Synthesis(nn.Module):
-    """ws -> image. With `recompute`, as in `run_block`, training keeps only the activations between levels."""
+class Synthesis(growing.Synthesis):
+    """ws -> image. With `recompute`, as in `run_block`, training keeps only the activations between levels.
 
-    f: Tensor
+    `skip`: each level adds its part to the image of the level below (section 4.1); otherwise it makes its own.
+    """
+
+    skip = True
 
     def __init__(
         self,
@@ -186,45 +153,53 @@ class Synthesis(nn.Module):
         low_precision_levels: int = 4,
         recompute: bool = False,
     ) -> None:
-        super().__init__()
-        h, w, levels = start_size(width, height)
-        self.resolutions = [4 * 2**i for i in range(levels)]
-        channels = _channels(self.resolutions, channel_base, channel_max)
-        self.low = _low_levels(levels, low_precision, low_precision_levels)
-        self.recompute = recompute
-        self.num_ws = 2 * levels
-        self.sizes: list[tuple[int, int]] = []  # of each noise map
+        super().__init__(width, height, low_precision, low_precision_levels, recompute)
+        counts = channels(self.resolutions, channel_base, channel_max)
         for i, res in enumerate(self.resolutions):
-            size = (h * 2**i, w * 2**i)
-            below = channels[i - 1] if i else 0
-            block = SynthesisBlock(below, channels[i], w_dim, size, img_channels, use_noise)
+            below = counts[i - 1] if i else 0
+            block = SynthesisBlock(below, counts[i], w_dim, self.size_at(i), img_channels, use_noise)
             self.add_module(f"b{res}", block)
-            self.sizes += [size] * (block.num_conv if use_noise else 0)
+            self.noise_layers[i] = block.num_conv if use_noise else 0
         self.register_buffer("f", setup_filter(FILTER), persistent=False)
 
-    def forward(self, ws: Tensor, noise: Noise = "const") -> Tensor:
-        """ws [N, num_ws, w_dim] fp32 -> images [N, img_channels, height, width] fp32, in [-1, 1] once trained.
+    def upsample_image(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, 2H, 2W], as the image of a level is below the next one's part."""
+        return upsample2d(x, self.f)
+
+    def pyramid(self, ws: Tensor, noise: Noise = "const") -> list[Tensor]:
+        """ws [N, num_ws, w_dim] fp32 -> each level's images [N, img_channels, h, w] fp32, lowest level first.
 
         noise: "const" (each layer's stored map), "none", or a list of [N, 1, H, W] of the `sizes`.
         """
-        if not self.sizes:
-            noise = "none"
-        maps: Sequence[Tensor | str] = [noise] * self.num_ws if isinstance(noise, str) else noise
-        x = img = None
+        maps = self.maps(noise)
+        x, images = None, []
         first = layer = 0
-        for res, low in zip(self.resolutions, self.low, strict=True):
-            block = cast(SynthesisBlock, self.get_submodule(f"b{res}"))
+        for level in range(self.level + 1):
+            block, (dtype, clamp) = self.block(level), self.precision(level, ws.dtype)
             n = block.num_conv
-            dtype, clamp = (low, CLAMP) if low else (ws.dtype, None)
-            args = (x, img, ws[:, first : first + n + 1], self.f, maps[layer : layer + n], dtype, clamp)
+            img = images[-1] if images and self.skip else None
+            alpha = self.alpha if level == self.level else 1.0
+            args = (x, img, ws[:, first : first + n + 1], self.f, maps[layer : layer + n], dtype, clamp, alpha)
             x, img = run_block(block, self.recompute, *args)
+            images.append(img)
             first, layer = first + n, layer + n
-        assert img is not None
-        return img
+        return images
+
+    def forward(self, ws: Tensor, noise: Noise = "const") -> Tensor:
+        """ws [N, num_ws, w_dim] fp32 -> images [N, img_channels, *size] fp32, in [-1, 1] once trained. A level that
+        fades in adds its part with the weight `alpha`.
+
+        noise: "const" (each layer's stored map), "none", or a list of [N, 1, H, W] of the `sizes`.
+        """
+        return self.pyramid(ws, noise)[-1]
 
 
-class Generator(nn.Module):
+class Generator(growing.Generator):
     """StyleGAN2's generator. Arguments as in `training.config.StyleGAN2Network`, sizes in px."""
+
+    sums_images = True
+    synthesis: Synthesis
+    synthesis_type: type[Synthesis] = Synthesis
 
     def __init__(
         self,
@@ -241,38 +216,29 @@ class Generator(nn.Module):
         low_precision: torch.dtype | None = None,
         recompute: bool = False,
     ) -> None:
-        super().__init__()
-        self.z_dim, self.c_dim = z_dim, c_dim
-        self.synthesis = Synthesis(
+        super().__init__(width, height, z_dim, c_dim)
+        self.synthesis = self.synthesis_type(
             width, height, img_channels, w_dim, channel_base, channel_max, use_noise, low_precision, recompute=recompute
         )
         self.mapping = Mapping(z_dim, c_dim, w_dim, mapping_layers)
-        self.num_ws = self.synthesis.num_ws
-
-    def forward(
-        self,
-        z: Tensor,
-        c: Tensor | None = None,
-        truncation_psi: float = 1.0,
-        truncation_cutoff: int | None = None,
-        noise: Noise = "const",
-    ) -> Tensor:
-        """z [N, z_dim], c [N, c_dim] one-hot -> images [N, img_channels, height, width] fp32."""
-        ws = self.mapping(z, c)[:, None].expand(-1, self.num_ws, -1)
-        ws = truncate(ws, self.mapping.w_avg, truncation_psi, truncation_cutoff)
-        return self.synthesis(ws, noise)
 
 
 class DiscriminatorBlock(nn.Module):
-    """One residual level: [N, C_in, H, W] -> [N, C_out, H / 2, W / 2]."""
+    """One residual level: [N, C_in, H, W] -> [N, C_out, H / 2, W / 2].
 
-    def __init__(self, img_channels: int, in_channels: int, out_channels: int) -> None:
+    Args:
+        img_channels: of the image that its `fromrgb` takes; 0: it has none.
+        in_channels: of what `fromrgb` makes.
+        extra: channels that the level above has beside these.
+    """
+
+    def __init__(self, img_channels: int, in_channels: int, out_channels: int, extra: int = 0) -> None:
         super().__init__()
         if img_channels:
             self.fromrgb = Conv2d(img_channels, in_channels, 1, act="lrelu")
-        self.conv0 = Conv2d(in_channels, in_channels, 3, act="lrelu")
+        self.conv0 = Conv2d(in_channels + extra, in_channels, 3, act="lrelu")
         self.conv1 = Conv2d(in_channels, out_channels, 3, act="lrelu", down=2)
-        self.skip = Conv2d(in_channels, out_channels, 1, bias=False, down=2)
+        self.skip = Conv2d(in_channels + extra, out_channels, 1, bias=False, down=2)
 
     def forward(self, x: Tensor, f: Tensor, clamp: float | None) -> Tensor:
         half = math.sqrt(0.5)  # the sum of two branches keeps unit variance
@@ -282,26 +248,13 @@ class DiscriminatorBlock(nn.Module):
         return y + x
 
 
-class DiscriminatorHead(nn.Module):
-    """Minibatch standard deviation, convolution, two dense layers: [N, C, h, w] fp32 -> [N, 1] or [N, cmap_dim]."""
+class Discriminator(growing.Discriminator):
+    """StyleGAN2's discriminator. With labels: projection (Miyato and Koyama 2018) on the mapped label.
 
-    def __init__(self, channels: int, size: tuple[int, int], out: int, mbstd_group: int, mbstd_channels: int) -> None:
-        super().__init__()
-        self.mbstd_group = mbstd_group if mbstd_channels else 0
-        self.conv = Conv2d(channels + mbstd_channels, channels, 3, act="lrelu")
-        self.fc = Linear(channels * size[0] * size[1], channels, act="lrelu")
-        self.out = Linear(channels, out)
+    `grows`: have a `fromrgb` at every level, not only the highest.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.mbstd_group:
-            x = minibatch_std(x, self.mbstd_group)
-        return self.out(self.fc(self.conv(x).flatten(1)))
-
-
-class Discriminator(nn.Module):
-    """StyleGAN2's discriminator. With labels: projection (Miyato and Koyama 2018) on the mapped label."""
-
-    f: Tensor
+    concatenates = False  # the image of each lower level to its features
 
     def __init__(
         self,
@@ -316,46 +269,34 @@ class Discriminator(nn.Module):
         low_precision: torch.dtype | None = None,
         low_precision_levels: int = 4,
         recompute: bool = False,
+        grows: bool = False,
     ) -> None:
-        super().__init__()
-        h, w, levels = start_size(width, height)
+        super().__init__(width, height, low_precision, low_precision_levels, recompute)
+        self.grows = grows
         self.c_dim, self.mbstd_group = c_dim, mbstd_group
-        self.resolutions = [4 * 2**i for i in range(levels)][:0:-1]  # highest first, without 4
-        channels = _channels([4, *self.resolutions[::-1]], channel_base, channel_max)[::-1]
-        self.low = _low_levels(levels, low_precision, low_precision_levels)[:0:-1]
-        self.recompute = recompute
+        counts = channels([4, *self.resolutions[::-1]], channel_base, channel_max)[::-1]
+        extra = img_channels if self.concatenates else 0
         for i, res in enumerate(self.resolutions):
-            self.add_module(f"b{res}", DiscriminatorBlock(0 if i else img_channels, channels[i], channels[i + 1]))
-        self.cmap_dim = channels[-1] if c_dim else 0
+            image = img_channels if grows or i == 0 else 0
+            block = DiscriminatorBlock(image, counts[i], counts[i + 1], extra if i else 0)
+            self.add_module(f"b{res}", block)
+        self.cmap_dim = counts[-1] if c_dim else 0
         if c_dim:
             self.mapping = Mapping(0, c_dim, self.cmap_dim, mapping_layers)
-        self.b4 = DiscriminatorHead(channels[-1], (h, w), self.cmap_dim or 1, mbstd_group, min(mbstd_group - 1, 1))
+        image, out = img_channels if grows else 0, self.cmap_dim or 1
+        self.b4 = DiscriminatorHead(counts[-1] + extra, counts[-1], self.start, out, mbstd_group, image)
         self.register_buffer("f", setup_filter(FILTER), persistent=False)
 
     def forward(self, img: Tensor, c: Tensor | None = None) -> Tensor:
-        """img [N, img_channels, height, width] in [-1, 1], c [N, c_dim] one-hot -> logits [N, 1] fp32.
+        """img [N, img_channels, *size] in [-1, 1], c [N, c_dim] one-hot -> logits [N, 1] fp32.
 
         N must be a multiple of `mbstd_group`.
         """
-        x = img.contiguous(memory_format=memory_format(img.device))
-        for i, (res, low) in enumerate(zip(self.resolutions, self.low, strict=True)):
-            block = cast(DiscriminatorBlock, self.get_submodule(f"b{res}"))
-            dtype, clamp = (low, CLAMP) if low else (self.f.dtype, None)
-            x = x.to(dtype)
-            if i == 0:
-                x = block.fromrgb(x, clamp=clamp)
-            x = run_block(block, self.recompute, x, self.f, clamp)
-        x = self.b4(x.to(self.f.dtype))
+        return self.logits(self.features(img), c)
+
+    def logits(self, x: Tensor, c: Tensor | None) -> Tensor:
+        """What comes out of the levels, [N, channels, h, w] -> [N, 1]."""
+        x = self.b4(x)
         if self.c_dim:
             x = (x * self.mapping(None, c)).sum(dim=1, keepdim=True) / math.sqrt(self.cmap_dim)
         return x
-
-
-def _channels(resolutions: Sequence[int], base: int, limit: int) -> list[int]:
-    return [max(1, min(base // res, limit)) for res in resolutions]
-
-
-def _low_levels(levels: int, dtype: torch.dtype | None, top: int) -> list[torch.dtype | None]:
-    """The low-precision dtype of each level, lowest level first: the `top` highest ones, never the start."""
-    low = min(top, levels - 1) if dtype else 0
-    return [None] * (levels - low) + [dtype] * low
