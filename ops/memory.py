@@ -1,9 +1,15 @@
-"""Memory of the CPU that is freed and soon needed again."""
+"""Memory of the CPU that is freed and soon needed again, and how much a device needs."""
 
+import contextlib
 import ctypes
 import os
+import re
+import resource
 import sys
 import time
+from pathlib import Path
+
+import torch
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # of glibc's mallopt
 
@@ -36,6 +42,21 @@ def give_back_freed_memory(every: float = 30.0) -> bool:
     libc.malloc_trim(0)
     _given_back = time.monotonic()
     return True
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes, the most since the last call: on a GPU of tensors, on the CPU of this process (but without Linux, or where
+    the system does not allow it, since its start)."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    if not sys.platform.startswith("linux"):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    high = re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(high[1]) * 1024 if high else 0
 
 
 def _glibc() -> ctypes.CDLL | None:

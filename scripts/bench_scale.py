@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from styleloom.datasets import pictures
 from styleloom.datasets.manifest import FILE, read_manifest, write_manifest
 from styleloom.datasets.order import Order
@@ -15,7 +17,7 @@ from styleloom.datasets.pictures import Form, check_form
 from styleloom.datasets.shards import prepare
 from styleloom.datasets.sources import Source, open_source
 from styleloom.datasets.stream import batches
-from styleloom.scripts.bench_model import resident
+from styleloom.ops.memory import peak_memory
 from styleloom.scripts.bench_pictures import drawn, usual_count
 from styleloom.scripts.bench_show import Row
 
@@ -130,7 +132,9 @@ def _write_many(folder: Path) -> None:
 def held() -> int:
     """Bytes of memory that this process holds now; without Linux, the most that it ever held."""
     table = Path("/proc/self/statm")
-    return int(table.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if table.exists() else resident()
+    if table.exists():
+        return int(table.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return peak_memory(torch.device("cpu"))
 
 
 def prepares(work: Path, resolutions: Sequence[int], count: int, rounds: int) -> list[Row]:

@@ -16,8 +16,7 @@ from tqdm import tqdm
 from styleloom.scripts.cli import parse, run
 from styleloom.training.checkpoint import find_snapshot, load_generator
 from styleloom.training.draws import Draws
-from styleloom.training.networks import Generator
-from styleloom.training.networks.stylegan2 import truncate
+from styleloom.training.networks.growing import Generator, truncate
 from styleloom.training.report import image_grid, to_uint8
 
 MOST = 10_000_000  # seeds in a range
@@ -35,6 +34,8 @@ class Arguments:
     """Which images: numbers and ranges, such as 0-63 or 1,5,10-19."""
     truncation: float = 0.7
     """truncation_psi: 1 is the full variety, less is more typical and cleaner, 0 the average image."""
+    truncation_cutoff: int | None = None
+    """Truncate only the first so many layers; by default as the network was published with: StyleGAN 8, others all."""
     noise: Literal["const", "random", "none"] = "const"
     """The noise maps: those stored in the network, drawn from the seed, or none."""
     class_: Annotated[int | None, tyro.conf.arg(name="class")] = None
@@ -61,8 +62,11 @@ def main(args: Sequence[str]) -> int | None:
         raise ValueError("--batch is at least 1")
     generator, about = load_generator(folder)
     generator.to(pick_device(options.device))
+    if not generator.has_w:
+        print("Note: this kind of generator has no w, so --truncation changes nothing.")
     names, seeds, ws = latents(generator, options, seeds, about["class_names"])
     options.out.mkdir(parents=True, exist_ok=True)
+    height, width = generator.size
     images = []
     with tqdm(total=len(names), unit="img", desc="generating", disable=len(names) < 2 * options.batch) as bar:
         for some, x in draw(generator, seeds, ws, options):
@@ -76,7 +80,7 @@ def main(args: Sequence[str]) -> int | None:
         np.save(options.out / "images.npy", np.stack(images))
     if options.grid:
         image_grid(np.stack(images)).save(options.out / "grid.png")
-    print(f"{len(names)} images of {about['width']}x{about['height']} from {folder} are in {options.out}.")
+    print(f"{len(names)} images of {width}x{height} from {folder} are in {options.out}.")
     return 0
 
 
@@ -163,7 +167,9 @@ def one_hot(number: int | None, seeds: list[int], class_names: list[str], device
 @torch.no_grad()
 def draw(G: Generator, seeds: list[int], ws: Tensor, options: Arguments) -> Iterator[tuple[range, Tensor]]:
     """(which images, uint8 [n, C, H, W] on the CPU), some at a time."""
-    ws = truncate(ws, G.mapping.w_avg, options.truncation)
+    if G.has_w:
+        cutoff = G.truncation_cutoff if options.truncation_cutoff is None else options.truncation_cutoff
+        ws = truncate(ws, G.mapping.w_avg, options.truncation, cutoff)
     for start in range(0, len(seeds), options.batch):
         some = range(start, min(start + options.batch, len(seeds)))
         noise = options.noise

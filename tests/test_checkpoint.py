@@ -552,7 +552,8 @@ def test_a_snapshot_is_safetensors_and_json(snapshot, networks):
     assert names(snapshot) == ["discriminator.safetensors", "generator.safetensors", "snapshot.json"]
     assert load_file(snapshot / "discriminator.safetensors").keys() == networks[1].state_dict().keys()
     about = json.loads((snapshot / "snapshot.json").read_text())
-    assert about["format"] == "styleloom-snapshot-1"
+    assert about["format"] == "styleloom-snapshot-2"
+    assert (about["level"], about["alpha"]) == (2, 1.0)
     assert (about["width"], about["height"], about["channels"]) == (16, 16, 3)
 
 
@@ -662,7 +663,7 @@ def test_the_newest_snapshots_and_the_best_are_kept(tmp_path, scored, keep, left
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"format": "styleloom-snapshot-2"}, "its format is 'styleloom-snapshot-2', not 'styleloom-snapshot-1'"),
+        ({"format": "styleloom-snapshot-3"}, "its format is 'styleloom-snapshot-3', not 'styleloom-snapshot-2'"),
         ({"run": {"batch": "many"}}, "batch: Input should be a valid integer"),
         ({"width": None}, "it has no 'width'"),
     ],
@@ -674,6 +675,14 @@ def test_a_snapshot_of_another_version_is_refused(snapshot, change, what):
         checkpoint.load_generator(snapshot)
     assert f"{snapshot / 'snapshot.json'} is not a snapshot that this version reads" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_snapshot_of_before_there_was_growth_is_whole(snapshot):
+    about = json.loads((snapshot / "snapshot.json").read_text()) | {"format": "styleloom-snapshot-1"}
+    del about["level"], about["alpha"]
+    (snapshot / "snapshot.json").write_text(json.dumps(about))
+    generator, _ = checkpoint.load_generator(snapshot)
+    assert (generator.level, generator.alpha, generator.size) == (2, 1.0, (16, 16))
 
 
 def test_a_damaged_snapshot_names_its_file(snapshot):

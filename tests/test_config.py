@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import os
+import re
 
 import pytest
 from pydantic import ValidationError
@@ -35,7 +36,10 @@ def changed(run, **dotted):
 
 
 def test_the_presets_of_the_contract_are_there():
-    assert {"stylegan2-cpu", "stylegan2-256", "stylegan2-512", "stylegan2-1024"} <= set(PRESETS)
+    contract = {
+        "stylegan2-cpu", "stylegan2-256", "stylegan2-512", "stylegan2-1024", "progressive-1024", "stylegan1-1024",
+    }  # fmt: skip
+    assert contract <= set(PRESETS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -47,7 +51,9 @@ def test_presets_are_valid_and_carry_their_name(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_round_trip_through_run_json(name, tmp_path):
-    run = changed(PRESETS[name], data__path="/somewhere/ä", seed=2**63 - 1, recipe__r1_gamma=0.1)
+    run = changed(
+        PRESETS[name], data__path="/somewhere/ä", seed=2**63 - 1, recipe__r1_gamma=0.1, growth__lr=((4, 0.1), (8, 1e-9))
+    )
     write_run(run, tmp_path / "run.json")
     assert read_run(tmp_path / "run.json") == run
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
@@ -151,8 +157,9 @@ def test_durations_cadences_and_paths_are_free():
 
 def test_what_shapes_the_result_is_protected():
     """A field added to FREE by mistake would silently break exact resume."""
-    for name in flat(Run()):
-        if name.startswith(("network.", "recipe.", "ema.")) or name in ("seed", "batch", "data.window", "precision"):
+    shaping = ("network.", "recipe.", "growth.", "ema."), ("seed", "batch", "data.window", "precision")
+    for name in {name for run in PRESETS.values() for name in flat(run)}:
+        if name.startswith(shaping[0]) or name in shaping[1]:
             assert name not in FREE
 
 
@@ -163,15 +170,26 @@ def fields_and_help():
         if not (isinstance(node, ast.ClassDef) and node.name in sections):
             continue
         for item, below in zip(node.body, [*node.body[1:], None], strict=True):
-            if not isinstance(item, ast.AnnAssign) or ast.unparse(item.annotation) in sections:
+            if not isinstance(item, ast.AnnAssign) or ast.unparse(item.annotation) in {*sections, "Network", "Recipe"}:
                 continue
             said = ast.literal_eval(below.value) if isinstance(below, ast.Expr) else ""
             yield node.name, ast.unparse(item.target), str(said)
 
 
+def own_fields(section):
+    """(class that declares it, name) of every plain field of a section and of those in it."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from own_fields(value)
+        else:
+            yield next(x for x in reversed(type(section).__mro__) if name in getattr(x, "__annotations__", {})), name
+
+
 def test_every_field_has_a_sentence_of_help():
     found = list(fields_and_help())
-    assert len(found) == len(flat(Run()))  # none overlooked
+    fields = {(x.__name__, name) for run in PRESETS.values() for x, name in own_fields(run)}
+    assert fields | {(x, name) for x, name, _ in found} == {(x, name) for x, name, _ in found}  # none overlooked
     for section, field, said in found:
         assert said, f"{section}.{field}: no help"
         assert said.endswith("."), f"{section}.{field}: {said!r} is not a sentence"
@@ -189,3 +207,32 @@ def test_a_write_that_fails_before_its_end_leaves_the_old_run_json(tmp_path, mon
     with pytest.raises(OSError, match="No space left"):
         write_run(Run(seed=2), path)
     assert read_run(path) == Run(seed=1)
+
+
+@pytest.mark.parametrize(
+    ("growth", "what"),
+    [
+        ({"start": 6}, "sizes are 4, 8, 16, 32, ... px, not 6"),
+        ({"start": 2}, "sizes are 4, 8, 16, 32, ... px, not 2"),
+        ({"batch": ((12, 4),)}, "not 12"),
+        ({"lr": ((4, 0.0),)}, "more than 0"),
+        ({"batch": ((4, 6),)}, "batch 6 in 1 passes does not divide into minibatch-std groups of 4"),
+        ({"start": 4, "stabilise_kimg": 0, "fade_kimg": 0.0001}, "are both 0"),
+    ],
+)
+def test_a_growth_that_is_no_schedule_is_refused(growth, what):
+    with pytest.raises(ValidationError, match=re.escape(what)):
+        Run.model_validate({"growth": growth})
+
+
+def test_a_recipe_trains_its_own_networks_only():
+    values = PRESETS["progressive-1024"].model_dump() | {"network": Run().network.model_dump()}
+    with pytest.raises(ValidationError, match="recipe progressive does not train networks of kind stylegan2"):
+        Run.model_validate(values)
+
+
+def test_msg_does_not_grow():
+    values = {"network": {"kind": "msg"}, "recipe": {"kind": "msg"}}
+    assert Run.model_validate(values).recipe.kind == "msg"
+    with pytest.raises(ValidationError, match="msg shows the discriminator all sizes at once"):
+        Run.model_validate(values | {"growth": {"start": 4}})

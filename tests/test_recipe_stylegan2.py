@@ -10,6 +10,7 @@ from styleloom.training.draws import Draws
 from styleloom.training.networks import build as build_networks
 from styleloom.training.phases import Batch, run_phase
 from styleloom.training.recipes import build
+from styleloom.training.recipes.stylegan2 import StyleGAN2
 
 CPU = torch.device("cpu")
 NETWORK = StyleGAN2Network(z_dim=8, w_dim=8, mapping_layers=2, channel_base=128, channel_max=8, mbstd_group=2)
@@ -22,7 +23,9 @@ def _own_statistics(monkeypatch):
 
 def recipe(class_counts=(), batch=4, network=NETWORK, width=16, height=16, recompute=False, **settings):
     run = Run(batch=batch, network=network, recompute=recompute, recipe=StyleGAN2Recipe(**settings))
-    return build(run, width, height, 3, list(class_counts), CPU)
+    built = build(run, width, height, 3, list(class_counts), CPU)
+    assert isinstance(built, StyleGAN2)
+    return built
 
 
 def batch_of(recipe, purpose, n=4, seed=0):

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,15 +36,15 @@ def scores(out: Path) -> dict[str, float]:
 
 
 def test_the_score_is_the_distance_of_fakes_from_reals(training):
-    a, b = (torch.cat([reals(training, range(24))]), fakes(training, "score", range(24)))
+    a, b = (torch.cat([reals(training, 2, range(24))]), fakes(training, "score", range(24)))
     expected = metrics.swd(a, b, patches=64, projections=128, normalise_by="reals")["swd/mean"]
     assert Snapshots(training).score(24) == pytest.approx(expected, rel=1e-5)
     assert expected > 10
 
 
 def test_reals_are_those_of_the_stream_whoever_asks(training):
-    whole = reals(training, range(24))
-    assert torch.equal(reals(training, range(17, 24, 3)), whole[17:24:3])
+    whole = reals(training, 2, range(24))
+    assert torch.equal(reals(training, 2, range(17, 24, 3)), whole[17:24:3])
     assert not torch.equal(whole[0], whole[1])
 
 
@@ -64,7 +65,7 @@ def test_a_score_is_of_the_same_images_in_parts_and_at_once(training, monkeypatc
     [(-1, 16, "cpu", 512), (-1, 128, "cpu", 0), (-1, 1024, "cuda", 512), (9, 1024, "cpu", 9), (0, 16, "cuda", 0)],
 )
 def test_how_many_images_are_scored(training, wanted, side, device, n):
-    training.width = training.height = side
+    training.recipe.G = SimpleNamespace(size=(side, side))
     training.team.device = torch.device(device)
     training.run = training.run.model_copy(update={"score_images": wanted})
     assert Snapshots(training).scored_images() == n

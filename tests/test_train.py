@@ -215,9 +215,12 @@ def test_a_dry_run_tells_and_writes_nothing(call, arguments, unlabelled, setting
     assert json.loads(resolved) == settings(unlabelled, out, "--passes=2").model_dump(mode="json")
     for text in (
         "42 images of 16x16, 3 channels, no classes",
-        "Batch: 4 images = 4 on each of 1 processes, in 2 passes",
-        "0.048 kimg = 12 iterations of Gmain (4 images), Gpl (2 images, every 2 iterations), "
-        "Dmain (4 images), Dr1 (4 images, every 3 iterations)",
+        "Processes: 1, and 0 that read data for each; 2 passes.",
+        "0 to 0.048 kimg at 16 px: 12 iterations of 4 images (4 on each process), lr 0.0025.",
+        "ms (4 images)",
+        "ms (2 images, every 2 iterations)",
+        "ms (4 images, every 3 iterations)",
+        "R1 gamma 10.",
         "Every 0.012 kimg a progress line, every 0.02 a checkpoint, every 0.028 a snapshot",
         "ms an iteration",
         "img/s",
@@ -339,12 +342,12 @@ def test_the_smaller_set_is_taken_where_it_was_prepared(settings, pictures, tmp_
     source = open_source(pictures, "none")
     prepare(source, tmp_path / "data", width=32, height=32, reduced=[(16, 16)], progress=False)
     training = Training(settings(tmp_path / "data", "", "--data.reduce=2"), Team())
-    assert (training.width, training.height, training.data.reduce) == (16, 16, 1)
+    assert (training.width, training.height, training.data[0].reduce) == (16, 16, 1)
     assert training.manifest == read_manifest(tmp_path / "data" / "16x16")
     images, _ = next(training.stream())
     assert images.shape[2:] == (16, 16)
     whole = Training(settings(tmp_path / "data", "", "--data.reduce=4"), Team())
-    assert (whole.width, whole.data.reduce, whole.manifest.width) == (8, 4, 32)
+    assert (whole.width, whole.data[0].reduce, whole.manifest.width) == (8, 4, 32)
 
 
 def test_the_gpu_decoder_needs_a_gpu(arguments, refused, unlabelled, out):

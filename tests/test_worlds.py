@@ -109,3 +109,85 @@ def test_the_steps_of_an_optimizer_survive_the_change(worlds):
     steps = states["optimizer_G"]
     assert (steps["synthesis.b16.torgb.weight:step"], steps["synthesis.b16.torgb.bias:step"]) == (5, 4)
     assert torch.equal(steps["synthesis.b16.torgb.bias:step"], torch.tensor(4.0))
+
+
+# Growing: 4 px until 0.12 kimg, fading to 8 px until 0.204, 8 px until 0.3, fading to 16 px until 0.396.
+
+GROWING = [
+    "progressive-1024", "--network.z-dim=8", "--network.channel-base=64", "--network.mbstd-group=2",
+    "--recipe.lr=0.002",
+    "--growth.start=4", "--growth.gpus=0", "--growth.stabilise-kimg=0.1", "--growth.fade-kimg=0.1",
+    "--growth.batch", "4", "24", "--batch=12", "--data.mirror", "--data.workers=0", "--data.window=5",
+    "--checkpoint-kimg=0.06", "--snapshot-kimg=9", "--score-images=0", "--keep-checkpoints=99",
+]  # fmt: skip
+FADING = 180  # nimg, in the midst of the first fade
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory, unlabelled, python):
+    """A folder of runs that grow: gN on N ranks, in float64; again-2 and from-2-on-N went on from the midst of g2's
+    first fade. zero-N (DeepSpeed at that stage, on 2 ranks), overlap and alone are short, in fp32."""
+    root = tmp_path_factory.mktemp("grown")
+
+    def spec(name: str, ranks: int, *more: str, double: bool = True, kimg: float = 0.42) -> dict:
+        its = [*GROWING, f"--data.path={unlabelled}", f"--out={root / name}", f"--total-kimg={kimg}", *more]
+        return {"ranks": ranks, "double": double, "arguments": its}
+
+    # A step or two of each stage, as in fp32 small differences grow.
+    short = ["--growth.stabilise-kimg=0.02", "--growth.fade-kimg=0.02", "--checkpoint-kimg=0.012"]
+    fp32 = {"double": False, "kimg": 0.096}
+    runs = [
+        *(spec(f"g{n}", n) for n in (1, 2, 3)),
+        spec("alone", 1, *short, **fp32),
+        spec("overlap", 2, *short, "--parallel.overlap=on", "--parallel.bucket-mb=0.002", **fp32),
+        *(spec(f"zero-{stage}", 2, *short, *ZERO, str(stage), **fp32) for stage in (0, 1, 2)),
+    ]
+    begin(python, root, runs)
+    for name in ("again-2", "from-2-on-1", "from-2-on-3"):
+        shutil.copytree(root / "g2", root / name)
+        for folder in complete(root / name / "checkpoints"):
+            if int(folder.name[5:]) > FADING:
+                shutil.rmtree(folder)
+    shutil.copytree(root / "zero-1", root / "zero-1-on-3")
+    for folder in complete(root / "zero-1-on-3" / "checkpoints")[4:]:
+        shutil.rmtree(folder)
+    runs = [spec("again-2", 2), spec("from-2-on-1", 1), spec("from-2-on-3", 3)]
+    runs.append(spec("zero-1-on-3", 3, *short, *ZERO, "2", **fp32))
+    (root / "said.txt").write_text(begin(python, root, runs))
+    return root
+
+
+def last(run: Path) -> Path:
+    return complete(run / "checkpoints")[-1]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_grows_the_same_networks(grown, ranks):
+    one, other = (complete(grown / name / "checkpoints") for name in ("g1", f"g{ranks}"))
+    assert [path.name for path in other] == [path.name for path in one]
+    assert one[-1].name == "nimg-000000420"
+    assert 0 < furthest(other[-1], one[-1]) < 1e-7
+    assert not torch.equal(load(one[0])[0]["D"]["b4.conv.weight"], load(one[-1])[0]["D"]["b4.conv.weight"])
+
+
+def test_two_ranks_go_on_exactly_in_the_midst_of_a_fade(grown, assert_same_run):
+    assert f"Going on from {grown}/again-2/checkpoints/nimg-{FADING:09d}" in (grown / "said.txt").read_text()
+    assert_same_run(
+        grown / "again-2", grown / "g2", checkpoints=len(complete(grown / "g1" / "checkpoints")), snapshots=1
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_fade_of_two_ranks_goes_on_with_another_number(grown, ranks):
+    assert furthest(last(grown / f"from-2-on-{ranks}"), last(grown / "g2")) < 1e-7
+
+
+@pytest.mark.parametrize("name", ["overlap", "zero-0", "zero-1", "zero-2", "zero-1-on-3"])
+def test_every_strategy_grows(grown, name):
+    """With new engines (or buckets) at each stage, for what is at work; also gone on with on other ranks and stages."""
+    alone, other = (complete(grown / run / "checkpoints") for run in ("alone", name))
+    assert [path.name for path in other] == [path.name for path in alone]
+    assert other[-1].name == "nimg-000000096"
+    for a, b in zip(alone, other, strict=True):
+        assert load(a)[0]["optimizer_G"].keys() == load(b)[0]["optimizer_G"].keys()
+    assert furthest(other[-1], alone[-1]) < 1e-2

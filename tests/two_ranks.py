@@ -19,6 +19,7 @@ from styleloom.training.config import Run, read_run
 from styleloom.training.distributed import Team
 from styleloom.training.loop import train
 from styleloom.training.phases import run_phase
+from styleloom.training.recipes.stylegan2 import StyleGAN2
 from styleloom.training.trainer import Training
 from styleloom.training.watchdog import Place
 
@@ -45,6 +46,7 @@ class Alone:
 def away_from_zero(run: Run, team, dtype: torch.dtype) -> Training:
     """A training at 8 images whose parameters are all away from 0, so that no gradient vanishes by chance."""
     training = Training(run, team)
+    assert isinstance(training.recipe, StyleGAN2)
     training.recipe.pl_mean = training.recipe.pl_mean.to(dtype).fill_(0.3)
     generator = torch.Generator().manual_seed(1)
     for network in training.recipe.networks.values():

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from styleloom.scripts import train
 from styleloom.training.config import Run
 from styleloom.training.distributed import Team
 from styleloom.training.draws import Draws
+from styleloom.training.recipes.stylegan2 import StyleGAN2
 from styleloom.training.trainer import Training
 
 
@@ -29,7 +31,8 @@ def in_double() -> None:
         init(self, run, team)
         for network in [*self.recipe.networks.values(), self.average]:
             network.double()
-        self.recipe.pl_mean = self.recipe.pl_mean.double()
+        if isinstance(self.recipe, StyleGAN2):
+            self.recipe.pl_mean = self.recipe.pl_mean.double()
 
     def moved(self: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         x, c = to_device(self, images, labels)
@@ -64,6 +67,8 @@ def launch(spec: dict) -> None:
             status = 1
             try:
                 status = rank(number, spec, port)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()

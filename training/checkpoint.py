@@ -26,11 +26,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .config import Run, write_run
-from .networks import Generator, build
+from .networks import build
+from .networks.growing import Generator, Growing, start_size
 
 States = dict[str, dict[str, Tensor]]
 
-CHECKPOINT, SNAPSHOT = "styleloom-checkpoint-2", "styleloom-snapshot-1"
+CHECKPOINT, SNAPSHOT = "styleloom-checkpoint-2", "styleloom-snapshot-2"
+WHOLE = "styleloom-snapshot-1"  # the format of before there were networks that grow
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -335,7 +337,7 @@ def _sync(path: Path) -> None:
 
 def save_snapshot(
     folder: Path,
-    average: nn.Module,
+    average: Growing,
     discriminator: nn.Module,
     run: Run,
     nimg: int,
@@ -351,6 +353,7 @@ def save_snapshot(
     which `--init` can go on. Then `mark_best`.
 
     Args:
+        width, height: of the data set's images.
         score: how good it is by the measure `score_name` (such as "swd"), lower is better; None or not finite: unknown.
         at_stop: it is made because the run is stopped, not because it is time.
 
@@ -365,6 +368,8 @@ def save_snapshot(
         "height": height,
         "channels": channels,
         "class_names": class_names,
+        "level": average.level,  # how far it has grown
+        "alpha": average.alpha,
         "score": score if score is not None and math.isfinite(score) else None,
         "score_name": score_name,
         "at_stop": at_stop,
@@ -444,10 +449,12 @@ def read_snapshot(path: Path) -> dict[str, Any]:
     """`snapshot.json`, its `run` as a Run. Raises ValueError if it is not one that this version reads."""
     try:
         about = json.loads((path / "snapshot.json").read_text())
-        if about["format"] != SNAPSHOT:
+        if about["format"] not in (SNAPSHOT, WHOLE):
             raise ValueError(f"its format is {about['format']!r}, not {SNAPSHOT!r}")
+        if about["format"] == WHOLE:
+            about |= {"level": start_size(about["width"], about["height"])[2] - 1, "alpha": 1.0}
         about["run"] = Run.model_validate(about["run"])
-        _require(about, "nimg", "width", "height", "channels", "class_names")
+        _require(about, "nimg", "width", "height", "channels", "class_names", "level", "alpha")
         return about
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -456,7 +463,8 @@ def read_snapshot(path: Path) -> dict[str, Any]:
 
 
 def load_generator(path: Path) -> tuple[Generator, dict[str, Any]]:
-    """(averaged generator in eval mode on the CPU, in fp32 whatever it was trained in, snapshot.json) of a folder.
+    """(averaged generator in eval mode on the CPU, in fp32 whatever it was trained in, snapshot.json) of a folder; as
+    far grown as it was then.
 
     Raises:
         ValueError: a part is missing, or the weights do not fit the description.
@@ -465,6 +473,7 @@ def load_generator(path: Path) -> tuple[Generator, dict[str, Any]]:
     sizes = about["width"], about["height"], about["channels"], len(about["class_names"])
     generator, _ = build(about["run"].model_copy(update={"precision": "fp32"}), *sizes)
     fill(generator, read_tensors(path / "generator.safetensors"), path)
+    generator.grow_to(about["level"], about["alpha"])
     return generator.eval().requires_grad_(False), about
 
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -64,6 +64,48 @@ class StyleGAN2Network(Section):
     """Group of the minibatch standard deviation; 1 switches it off."""
 
 
+class MSGNetwork(StyleGAN2Network):
+    kind: Literal["msg"] = "msg"  # type: ignore[assignment]
+    """Which generator and discriminator."""
+
+
+class StyleGAN1Network(Section):
+    kind: Literal["stylegan1"] = "stylegan1"
+    """Which generator and discriminator."""
+    z_dim: int = Field(default=512, ge=1)
+    """Size of the latent z."""
+    w_dim: int = Field(default=512, ge=1)
+    """Size of the intermediate latent w."""
+    mapping_layers: int = Field(default=8, ge=1)
+    """Layers of the mapping network."""
+    latent_input: bool = False
+    """Begin the synthesis with a layer on w instead of a learned constant."""
+    channel_base: int = Field(default=16384, ge=4)
+    """Channels times resolution, the same at every level ..."""
+    channel_max: int = Field(default=512, ge=1)
+    """... but at most this many channels."""
+    noise: bool = True
+    """Noise maps in every layer of the generator, for detail that follows no latent."""
+    mbstd_group: int = Field(default=4, ge=1)
+    """Group of the minibatch standard deviation; 1 switches it off."""
+
+
+class ProgressiveNetwork(Section):
+    kind: Literal["progressive"] = "progressive"
+    """Which generator and discriminator."""
+    z_dim: int = Field(default=512, ge=1)
+    """Size of the latent z."""
+    channel_base: int = Field(default=16384, ge=4)
+    """Channels times resolution, the same at every level ..."""
+    channel_max: int = Field(default=512, ge=1)
+    """... but at most this many channels."""
+    mbstd_group: int = Field(default=4, ge=1)
+    """Group of the minibatch standard deviation; 1 switches it off."""
+
+
+Network = Annotated[StyleGAN2Network | MSGNetwork | StyleGAN1Network | ProgressiveNetwork, Field(discriminator="kind")]
+
+
 class StyleGAN2Recipe(Section):
     kind: Literal["stylegan2"] = "stylegan2"
     """Which losses, phases and optimizers."""
@@ -74,7 +116,8 @@ class StyleGAN2Recipe(Section):
     eps: float = Field(default=1e-8, gt=0)
     """Adam's epsilon."""
     r1_gamma: float | None = Field(default=None, ge=0)
-    """Weight of the R1 penalty; 0 switches it off, None takes 0.0002 * width * height / batch."""
+    """Weight of the R1 penalty; 0 switches it off, None takes 0.0002 * width * height / batch, of the size and batch
+    that it is trained at."""
     r1_interval: int = Field(default=16, ge=1)
     """Iterations from one R1 phase to the next."""
     pl_weight: float = Field(default=2.0, ge=0)
@@ -91,11 +134,89 @@ class StyleGAN2Recipe(Section):
     """Decay of the running mean of w that truncation uses."""
 
 
+class MSGRecipe(StyleGAN2Recipe):
+    kind: Literal["msg"] = "msg"  # type: ignore[assignment]
+    """Which losses, phases and optimizers."""
+
+
+class StyleGAN1Recipe(Section):
+    kind: Literal["stylegan1"] = "stylegan1"
+    """Which losses, phases and optimizers."""
+    lr: float = Field(default=0.001, gt=0)
+    """Learning rate of both networks, at sizes for which `growth` gives none."""
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    """Adam's second-moment decay; beta1 is 0."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+    r1_gamma: float = Field(default=10.0, ge=0)
+    """Weight of the R1 penalty of every step; 0 switches it off."""
+    style_mixing: float = Field(default=0.9, ge=0, le=1)
+    """Probability that a generated image takes its later layers' w from a second latent."""
+    w_avg_beta: float = Field(default=0.995, ge=0, lt=1)
+    """Decay of the running mean of w that truncation uses."""
+
+
+class ProgressiveRecipe(Section):
+    kind: Literal["progressive"] = "progressive"
+    """Which losses, phases and optimizers."""
+    loss: Literal["wgan-gp", "logistic"] = "wgan-gp"
+    """The published Wasserstein loss with gradient penalty, or the non-saturating one with R1."""
+    lr: float = Field(default=0.001, gt=0)
+    """Learning rate of both networks, at sizes for which `growth` gives none."""
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    """Adam's second-moment decay; beta1 is 0."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+    gp_weight: float = Field(default=10.0, ge=0)
+    """With wgan-gp, weight of the gradient penalty between real and generated images."""
+    gp_target: float = Field(default=1.0, gt=0)
+    """With wgan-gp, the gradient norm that is not penalised."""
+    drift: float = Field(default=0.001, ge=0)
+    """With wgan-gp, weight of the reals' squared scores, which keeps the scores near 0."""
+    r1_gamma: float = Field(default=10.0, ge=0)
+    """With logistic, weight of the R1 penalty of every step; 0 switches it off."""
+    class_weight: float = Field(default=1.0, ge=0)
+    """With labels, weight of the auxiliary classifier's cross entropy in both networks' losses."""
+
+
+Recipe = Annotated[StyleGAN2Recipe | MSGRecipe | StyleGAN1Recipe | ProgressiveRecipe, Field(discriminator="kind")]
+
+
+class Growth(Section):
+    start: int = Field(default=0, ge=0)
+    """Train at this size first (4, 8, 16, ... px, as square images are counted), then at twice that, and so on, each
+    new level of the networks being faded in; 0: at the full size from the start."""
+    stabilise_kimg: float = Field(default=600.0, ge=0)
+    """Thousands of images at each size without a fade ..."""
+    fade_kimg: float = Field(default=600.0, ge=0)
+    """... and while the next level fades in."""
+    gpus: int = Field(default=0, ge=0)
+    """Take batch and learning rate of each size as published for 1, 2, 4 or 8 GPUs (for more by the same rule), on
+    however many this runs; 0: `batch` and recipe.lr at every size."""
+    batch: tuple[tuple[int, int], ...] = ()
+    """Exceptions from that: size and batch, size and batch, ..."""
+    lr: tuple[tuple[int, float], ...] = ()
+    """Exceptions from that: size and learning rate, size and learning rate, ..."""
+
+    @model_validator(mode="after")
+    def _is_a_schedule(self) -> "Growth":
+        for px in (self.start or 4, *(px for px, _ in (*self.batch, *self.lr))):
+            if px < 4 or px & (px - 1):
+                raise ValueError(f"sizes are 4, 8, 16, 32, ... px, not {px}")
+        if self.start and not round(1000 * self.stabilise_kimg) + round(1000 * self.fade_kimg):
+            raise ValueError("stabilise_kimg and fade_kimg are both 0: give one, or leave growth.start out")
+        if any(value <= 0 for _, value in (*self.batch, *self.lr)):
+            raise ValueError("a batch and a learning rate are more than 0")
+        return self
+
+
 class Ema(Section):
     half_life_kimg: float = Field(default=10.0, ge=0)
     """Thousands of images after which a weight's influence on the averaged generator has halved."""
     ramp: float | None = Field(default=None, gt=0)
     """Limit the half-life to this fraction of the images shown so far."""
+    decay: float | None = Field(default=None, ge=0, lt=1)
+    """Instead of both: what the average keeps of itself at each step, whatever the batch."""
 
 
 class Parallel(Section):
@@ -130,8 +251,9 @@ class Run(Section):
     preset: str = "custom"
     """The preset that this run began as."""
     data: Data = Data()
-    network: StyleGAN2Network = StyleGAN2Network()
-    recipe: StyleGAN2Recipe = StyleGAN2Recipe()
+    network: Network = StyleGAN2Network()
+    recipe: Recipe = StyleGAN2Recipe()
+    growth: Growth = Growth()
     ema: Ema = Ema()
     parallel: Parallel = Parallel()
     out: str = ""
@@ -141,7 +263,7 @@ class Run(Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Everything random follows from it."""
     batch: int = Field(default=32, ge=1)
-    """Images of a step over all processes."""
+    """Images of a step over all processes, at sizes for which `growth` gives none."""
     passes: int = Field(default=1, ge=1)
     """Split each process's share of a batch into this many passes (gradient accumulation), to save memory."""
     recompute: bool = False
@@ -169,11 +291,18 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "Run":
-        group, each = self.network.mbstd_group, self.batch / self.passes
-        if each % group:
+        group = self.network.mbstd_group
+        for batch in (self.batch, *(batch for _, batch in self.growth.batch)):
+            if batch % (group * self.passes):
+                raise ValueError(
+                    f"batch {batch} in {self.passes} passes does not divide into minibatch-std groups of {group}: "
+                    "change batch, passes or network.mbstd_group"
+                )
+        if self.network.kind != self.recipe.kind:
+            raise ValueError(f"recipe {self.recipe.kind} does not train networks of kind {self.network.kind}")
+        if self.network.kind == "msg" and self.growth.start:
             raise ValueError(
-                f"batch {self.batch} in {self.passes} passes does not divide into minibatch-std groups of {group}: "
-                "change batch, passes or network.mbstd_group"
+                "msg shows the discriminator all sizes at once, so it does not grow: leave growth.start out"
             )
         return self
 
@@ -265,6 +394,45 @@ PRESETS: dict[str, Run] = {
             recipe=StyleGAN2Recipe(r1_gamma=2.0, lr=0.002),
             ema=Ema(half_life_kimg=10.0),
             batch=32,
+        ),
+        # Multi-scale gradients instead of growing, on what is otherwise stylegan2-256.
+        Run(
+            preset="msg-256",
+            precision="fp16",
+            network=MSGNetwork(channel_base=16384, mbstd_group=8),
+            recipe=MSGRecipe(r1_gamma=1.0),
+            ema=Ema(half_life_kimg=20.0),
+            batch=64,
+        ),
+        # Grows from 4 px to that of the data set (64 px is meant) within a quarter of an hour on two CPU cores.
+        Run(
+            preset="progressive-cpu",
+            network=ProgressiveNetwork(z_dim=128, channel_base=1024, channel_max=128),
+            recipe=ProgressiveRecipe(loss="logistic", lr=0.002, r1_gamma=1.0),
+            growth=Growth(start=4, stabilise_kimg=10, fade_kimg=5, batch=((4, 16), (8, 16))),
+            ema=Ema(half_life_kimg=2.0),
+            batch=16,
+            total_kimg=120,
+            tick_kimg=1,
+            checkpoint_kimg=10,
+            snapshot_kimg=10,
+        ),
+        # Schedules, batches, learning rates and averages as published, for 8 GPUs.
+        Run(
+            preset="progressive-1024",
+            network=ProgressiveNetwork(),
+            recipe=ProgressiveRecipe(),
+            growth=Growth(start=4, gpus=8),
+            ema=Ema(decay=0.999),
+            total_kimg=12000,
+        ),
+        Run(
+            preset="stylegan1-1024",
+            network=StyleGAN1Network(),
+            recipe=StyleGAN1Recipe(),
+            growth=Growth(start=8, gpus=8),
+            ema=Ema(half_life_kimg=10.0),
+            total_kimg=25000,
         ),
     ]
 }

@@ -11,6 +11,8 @@ from ..datasets.stream import check_decodes_on_device, checked_cache
 from ..datasets.verify import hash_faults
 from .config import Run
 from .distributed import Team
+from .networks.growing import start_size
+from .schedule import first_level
 
 HASHED_BELOW = 2 * 2**30  # bytes of shards that `data.verify` auto re-hashes at the start of a run
 
@@ -24,34 +26,49 @@ class Opened(NamedTuple):
     """What its images are still to be divided by."""
 
 
-def open_data(run: Run, team: Team) -> Opened:
-    """The run's data set, its shards checked as `data.verify` says.
+def open_data(run: Run, team: Team) -> list[Opened]:
+    """The run's data set at each size that it is trained at, the largest first and each half the one before.
 
-    Raises ValueError, the same on every process, if it is missing, half-written, changed, or lacks the labels.
+    Its shards are checked as `data.verify` says. Raises ValueError, the same on every process, if it is missing,
+    half-written, changed, or lacks the labels.
     """
-    fault, opened = "", None
+    fault, opened = "", []
     try:
         if not run.data.path:
             raise ValueError("no data set given: --data.path DATASET, a folder made by styleloom prepare")
-        opened = Opened(*at_size(run.data.path, read_manifest(run.data.path), run.data.reduce))
-        if run.data.labels and not opened.manifest.classes:
-            raise ValueError(
-                f"data.labels asks for a class-conditional run, but {run.data.path} has no labels: "
-                "prepare it with --labels, or leave data.labels out"
-            )
-        make_view(opened.manifest, opened.reduce)
-        if run.data.decoder == "gpu":
-            if team.device.type != "cuda":
-                raise ValueError("data.decoder gpu needs a CUDA device: leave it out")
-            check_decodes_on_device(opened.manifest, opened.reduce)
-        checked_cache(opened.folder, opened.manifest, run.data.window, cache_of(run))
-        check_data(run, team, opened.folder, opened.manifest)
+        manifest = read_manifest(run.data.path)
+        opened = [_open(run, team, manifest, run.data.reduce << halvings) for halvings in range(_sizes(run, manifest))]
+        for folder, its in {os.fspath(each.folder): each.manifest for each in opened}.items():
+            check_data(run, team, folder, its)
     except (ValueError, OSError) as error:
         fault = str(error)
     faults = [message for message in team.gather([fault]) if message]
     if faults:
         raise ValueError(faults[0])
-    assert opened is not None
+    return opened
+
+
+def _sizes(run: Run, manifest: Manifest) -> int:
+    """How many sizes a run trains at. Raises ValueError if the networks cannot have the images' size."""
+    make_view(manifest, run.data.reduce)
+    *_, levels = start_size(manifest.width // run.data.reduce, manifest.height // run.data.reduce)
+    return levels - first_level(run, levels)
+
+
+def _open(run: Run, team: Team, manifest: Manifest, reduce: int) -> Opened:
+    """The data set at 1/reduce of its size. Raises ValueError if the run cannot use it so."""
+    opened = Opened(*at_size(run.data.path, manifest, reduce))
+    if run.data.labels and not opened.manifest.classes:
+        raise ValueError(
+            f"data.labels asks for a class-conditional run, but {run.data.path} has no labels: "
+            "prepare it with --labels, or leave data.labels out"
+        )
+    make_view(opened.manifest, opened.reduce)
+    if run.data.decoder == "gpu":
+        if team.device.type != "cuda":
+            raise ValueError("data.decoder gpu needs a CUDA device: leave it out")
+        check_decodes_on_device(opened.manifest, opened.reduce)
+    checked_cache(opened.folder, opened.manifest, run.data.window, cache_of(run))
     return opened
 
 

@@ -6,6 +6,7 @@ DeepSpeed's engines. Both leave the networks bare: a phase calls them as it like
 
 import contextlib
 import datetime
+import gc
 import logging
 import math
 import os
@@ -153,10 +154,14 @@ class Updater(Protocol):
         """The reverse of `state`, whatever strategy and number of processes wrote it."""
         ...
 
+    def close(self) -> None:
+        """Lets go of the network, which may get another updater."""
+        ...
+
 
 class Replicated:
     """Each process holds all of the network and of its optimizer; the gradient's sum over the processes is the same
-    everywhere, and so is the step.
+    everywhere, and so is the step. Parameters of the network that are not the optimizer's are left alone.
 
     Args:
         bucket_bytes: 0: one flat all-reduce after the backward pass. Otherwise the gradient goes in parts of about
@@ -165,14 +170,16 @@ class Replicated:
 
     def __init__(self, team: Team, network: nn.Module, optimizer: Optimizer, bucket_bytes: int = 0) -> None:
         self.team, self.network, self.optimizer = team, network, optimizer
-        self.parameters = list(network.parameters())
+        self.parameters = parameters_of(optimizer)
         # From the last layer to the first: about the order in which gradients are complete.
         self.buckets = buckets(self.parameters[::-1], bucket_bytes if team.world > 1 else 0)
         self.sent: list[tuple[Tensor, dist.Work]] = []
         self.missing: list[int] = []  # gradients of each bucket; only in a step's last backward pass
-        for i, bucket in enumerate(self.buckets[:-1]):
-            for p in bucket:
-                p.register_post_accumulate_grad_hook(lambda _, i=i: self._has_come(i))
+        self.hooks = [
+            p.register_post_accumulate_grad_hook(lambda _, i=i: self._has_come(i))
+            for i, bucket in enumerate(self.buckets[:-1])
+            for p in bucket
+        ]
 
     def clear(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -237,6 +244,16 @@ class Replicated:
             p = parameters[parameter]
             self.optimizer.state[p][key] = x.to(p.device) if key == "step" else torch.empty_like(p).copy_(x)
 
+    def close(self) -> None:
+        self.clear()
+        for hook in self.hooks:
+            hook.remove()
+
+
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
+    """The parameters that an optimizer changes, which may be a part of a network's."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
 
 def buckets(parameters: list[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:
     """The parameters in their order, cut into lists of at least `limit` bytes each, but for the last; 0: one list."""
@@ -287,9 +304,9 @@ class _Given(nn.Module):
     a penalty's second derivatives, parameters that are not reached.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
         super().__init__()
-        self.network = network
+        self.held = nn.ParameterList(parameters)
 
     def forward(self, parameters: list[nn.Parameter], gradients: list[Tensor]) -> Tensor:
         return torch.stack([_Hand.apply(p, [g]) for p, g in zip(parameters, gradients, strict=True)]).sum()
@@ -301,7 +318,7 @@ class Divided:
 
     Args:
         stage: of ZeRO, 0 to 2. Stage 3 divides the parameters too, which a second derivative cannot be taken through.
-        parts: the network's parameters, those together that the same phases reach: Adam has to leave alone what a
+        parts: the optimizer's parameters, those together that the same phases reach: Adam has to leave alone what a
             phase does not reach, and can do so only with whole parts of what it holds flat.
     """
 
@@ -310,7 +327,7 @@ class Divided:
     ) -> None:
         deepspeed = import_deepspeed(team.device)
         self.team, self.network, self.stage = team, network, stage
-        self.parameters = list(network.parameters())
+        self.parameters = parameters_of(optimizer)
         self.names = {p: name for name, p in network.named_parameters()}
         self.parts = parts
         self.idle: set[int] = set()  # parts that this step does not reach
@@ -320,7 +337,7 @@ class Divided:
         self.optimizer = type(optimizer)(groups, **optimizer.defaults)  # type: ignore[call-arg]
         self.optimizer.register_step_pre_hook(self._leave_idle)
         self.engine, *_ = deepspeed.initialize(
-            model=_Given(network),
+            model=_Given(self.parameters),
             optimizer=self.optimizer,
             config={
                 "train_micro_batch_size_per_gpu": 1,  # it only counts with it
@@ -407,6 +424,14 @@ class Divided:
                     self.optimizer.state[group["params"][0]][key] = values[0].clone()
                 else:
                     self.optimizer.state[group["params"][0]][key] = self._own(group["params"][0], part, values)
+
+    def close(self) -> None:
+        self.clear()
+        self.engine.destroy()
+        # Once more, when it is collected, it would take the next engine's notes from the parameters.
+        self.engine.destroy = lambda: None
+        del self.engine, self.optimizer
+        gc.collect()  # an engine holds itself, and copies of the parameters
 
     def _gathered(self, part: list[nn.Parameter], flat: Tensor) -> list[Tensor]:
         """A value for each parameter, on the CPU, from the fragments on all processes: one part at a time, as no device

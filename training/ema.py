@@ -1,12 +1,15 @@
 """The averaged generator, which is the one that is shown and kept."""
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import nn
 
+Network = TypeVar("Network", bound=nn.Module)
 
-def average_of(network: nn.Module) -> nn.Module:
+
+def average_of(network: Network) -> Network:
     """A copy to hold the average: in eval mode, without gradients."""
     return copy.deepcopy(network).eval().requires_grad_(False)
 

@@ -1,8 +1,6 @@
 """train(run, team): sets up, then loops until the run has seen its images or is told to stop."""
 
 import contextlib
-import math
-import resource
 import signal
 import sys
 import time
@@ -11,10 +9,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-import torch
 from tqdm import tqdm
 
 from ..datasets.manifest import locked
+from ..ops.memory import peak_memory
 from . import checkpoint, report, schedule
 from .config import Run, write_run
 from .distributed import Team
@@ -81,7 +79,7 @@ def train(run: Run, team: Team) -> int:
     if not run.out:
         raise ValueError("no folder given for the run: --out DIR")
     training = Training(run, team)
-    out, total = Path(run.out), math.ceil(run.total_kimg * 1000 / run.batch) * run.batch
+    out, total = Path(run.out), round(run.total_kimg * 1000)
     training.begin()
     if training.nimg >= total:
         say(team, f"{out} is complete at {training.nimg / 1000:g} kimg; a larger --total-kimg goes on with it.")
@@ -92,7 +90,7 @@ def train(run: Run, team: Team) -> int:
 
 
 def loop(training: Training, total: int) -> int:
-    """Trains up to `total` images; the exit status as in `train`."""
+    """Trains until `total` images are shown; the exit status as in `train`."""
     run, team = training.run, training.team
     writer = training.agree(lambda: start_writing(training, Path(run.out)) if team.main else None)
     training.bad_log = Path(run.out) / f"bad_samples{f'-{team.rank}' if team.rank else ''}.jsonl"
@@ -108,7 +106,7 @@ def loop(training: Training, total: int) -> int:
     ):
         tick, snapshots = Tick(training), Snapshots(training, stop.take)
         while training.nimg < total:
-            before = training.nimg
+            before, stage = training.nimg, training.stage
             team.place.at("waiting for data")
             with tick.adding_to("waited"):
                 batch = stop.take(reals)
@@ -118,18 +116,21 @@ def loop(training: Training, total: int) -> int:
             assert batch is not None
             with tick.adding_to("worked"):
                 training.step(*batch)
-            bar.update(run.batch)
+            bar.update(training.nimg - before)
 
             nimg, last = training.nimg, training.nimg >= total
+            ended = last or training.stage != stage
+            if ended:
+                snapshots.add_level(writer, stage)
             if last or schedule.crossed(before, nimg, round(run.snapshot_kimg * 1000)):
                 snapshots.write(writer)
-            if last or schedule.crossed(before, nimg, round(run.tick_kimg * 1000)):
+            if ended or schedule.crossed(before, nimg, round(run.tick_kimg * 1000)):
                 training.check_replicas()
                 means = report.collect(team.sum_named)
                 if writer:
                     timing = tick.timing()
                     writer.line({"nimg": nimg, **timing, **means})
-                    bar.write(tick_text(nimg, total, timing, means), file=sys.stdout)
+                    bar.write(tick_text(nimg, total, tick.left(total), timing, means), file=sys.stdout)
                     sys.stdout.flush()
                 tick = Tick(training)
             if last or schedule.crossed(before, nimg, round(run.checkpoint_kimg * 1000)):
@@ -187,10 +188,11 @@ def finish(
 
 
 class Tick:
-    """The clock of one tick: what the machine did, apart from what was learned."""
+    """The clock of one tick, which lies within a stage: what the machine did, apart from what was learned."""
 
     def __init__(self, training: Training) -> None:
-        self.training, self.start = training, training.nimg
+        self.training, self.start, self.stage = training, training.nimg, training.stage
+        peak_memory(training.team.device)  # what was before does not count
         self.waited = self.worked = 0.0
 
     @contextlib.contextmanager
@@ -206,6 +208,9 @@ class Tick:
         """The tick's figures for `stats.jsonl`."""
         images, seconds = self.training.nimg - self.start, self.waited + self.worked
         return {
+            "px": self.stage.px,
+            "batch": self.stage.batch,
+            "lr": self.stage.lr,
             "sec_per_kimg": seconds / images * 1000,
             "images_per_s": images / seconds,
             "data_wait": self.waited / seconds,
@@ -213,24 +218,22 @@ class Tick:
             "seconds": self.training.seconds,
         }
 
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU the most that tensors took since the last call, on the CPU the most the process ever took."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    def left(self, total: int) -> str:
+        """Time to the end if images take as long as in this tick; where they grow before, to the next size."""
+        coming = [each for each in self.training.stages(self.start) if each[1].px > self.stage.px and each[0] < total]
+        end, to = (coming[0][0], f" to {coming[0][1].px} px") if coming else (total, "")
+        done = self.training.nimg
+        return report.duration((end - done) * (self.waited + self.worked) / (done - self.start)) + to
 
 
-def tick_text(nimg: int, total: int, timing: dict[str, Any], means: dict[str, float]) -> str:
+def tick_text(nimg: int, total: int, left: str, timing: dict[str, Any], means: dict[str, float]) -> str:
     """The progress line, with every statistic that is called loss/NAME."""
-    left = report.duration((total - nimg) / 1000 * timing["sec_per_kimg"])
+    faded = f" {means['alpha']:.0%} faded in" if means.get("alpha", 1.0) < 1 else ""
     losses = "  ".join(f"{name[5:]} {value:.3g}" for name, value in means.items() if name.startswith("loss/"))
     bad = sum(value for name, value in means.items() if name.startswith("nonfinite/"))
     replaced = means.get("data/replaced", 0.0)
     return (
-        f"kimg {nimg / 1000:8.1f} / {total / 1000:g}  {timing['sec_per_kimg']:.2f} sec/kimg  "
+        f"kimg {nimg / 1000:8.1f} / {total / 1000:g}  {timing['px']} px{faded}  {timing['sec_per_kimg']:.2f} sec/kimg  "
         f"{timing['images_per_s']:.1f} img/s  data wait {timing['data_wait']:.1%}  {losses}  "
         f"mem {timing['peak_memory_gb']:.1f} GB  ETA {left}"
         + (f"  {bad:.3g} NON-FINITE GRADIENT ELEMENTS A STEP" if bad else "")

@@ -35,6 +35,36 @@ def r1_penalty(real: Tensor, real_logits: Tensor) -> Tensor:
     return grad.square().sum(dim=[1, 2, 3])
 
 
+def wasserstein_generator(fake_scores: Tensor) -> Tensor:
+    """Wasserstein loss (Arjovsky et al. 2017, "Wasserstein GAN", eq. 2): scores [N, 1] -> [N]."""
+    return -fake_scores.flatten()
+
+
+def wasserstein_discriminator(real_scores: Tensor, fake_scores: Tensor) -> Tensor:
+    """The critic's side of it: scores [N, 1] each -> [N]."""
+    return (fake_scores - real_scores).flatten()
+
+
+def gradient_penalty(between: Tensor, scores: Tensor, target: float = 1.0) -> Tensor:
+    """Squared deviation of the gradient's norm from the target (Gulrajani et al. 2017, eq. 3).
+
+    Args:
+        between: [N, C, H, W], points between real and generated images, `requires_grad`.
+        scores: [N, 1], computed from `between`.
+        target: gradient norm that is not penalised.
+
+    Returns:
+        [N], differentiable once more; to be weighted by lambda.
+    """
+    (grad,) = torch.autograd.grad(scores.sum(), between, create_graph=True)
+    return (torch.linalg.vector_norm(grad, dim=[1, 2, 3]) - target).square()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of an auxiliary classifier (Odena et al. 2017, eq. 2): logits and one-hot labels [N, c_dim] -> [N]."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
 def path_lengths(images: Tensor, ws: Tensor, noise: Tensor) -> Tensor:
     """Length of the Jacobian of the generator along a random image direction (StyleGAN2, eq. 4).
 

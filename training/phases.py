@@ -1,6 +1,6 @@
 """One phase of a training iteration: accumulate over passes, sum over processes, check, step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -63,7 +63,7 @@ def own_rows(batch: int, rank: int, world: int, part: int = 0, parts: int = 1) -
     return range(rank + world * part, batch, world * parts)
 
 
-def run_phase(phase: Phase, networks: dict[str, nn.Module], updater: Updater, passes: list[Batch]) -> bool:
+def run_phase(phase: Phase, networks: Mapping[str, nn.Module], updater: Updater, passes: list[Batch]) -> bool:
     """Runs one phase on this process's passes and makes a step with the global batch's gradient.
 
     The loss of the global batch is the sum over its samples divided by `phase.batch`, whatever the split. If any
@@ -95,13 +95,13 @@ def run_phase(phase: Phase, networks: dict[str, nn.Module], updater: Updater, pa
     return True
 
 
-def only_trained(phase: Phase, networks: dict[str, nn.Module]) -> None:
+def only_trained(phase: Phase, networks: Mapping[str, nn.Module]) -> None:
     """Gradients are for the parameters that the phase trains."""
     for name, network in networks.items():
         network.requires_grad_(name == phase.trains)
 
 
-def reached(phase: Phase, networks: dict[str, nn.Module], batch: Batch) -> set[str]:
+def reached(phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> set[str]:
     """Names of the parameters (of the network that it trains) that the phase's loss depends on. Changes nothing."""
     only_trained(phase, networks)
     names, parameters = zip(*networks[phase.trains].named_parameters(), strict=True)

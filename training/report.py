@@ -5,13 +5,13 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -81,6 +81,23 @@ def image_grid(images: Tensor | np.ndarray, columns: int | None = None, min_side
     picture = Image.fromarray(sheet[:, :, 0] if C == 1 else sheet)
     factor = math.ceil(min_side / min(H, W))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def strips(rows: Sequence[tuple[str, Path]], cell: int = 128) -> Image.Image:
+    """Pictures of files one under the other, each enlarged or reduced to a height of `cell` px, after its name."""
+    margin, font = cell * 2 // 3, ImageFont.load_default(cell // 7)
+    pictures = []
+    for _, path in rows:
+        with Image.open(path) as picture:
+            how = Image.Resampling.NEAREST if cell % picture.height == 0 else Image.Resampling.LANCZOS
+            width = round(picture.width * cell / picture.height)
+            pictures.append(picture.convert("RGB").resize((width, cell), how))
+    sheet = Image.new("RGB", (margin + max(x.width for x in pictures), cell * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, ((name, _), picture) in enumerate(zip(rows, pictures, strict=True)):
+        sheet.paste(picture, (margin, cell * i))
+        draw.text((margin - cell // 14, cell * i + cell // 2), name, "black", font, anchor="rm")
+    return sheet
 
 
 def to_uint8(images: Tensor) -> Tensor:

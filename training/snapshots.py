@@ -1,6 +1,7 @@
 """What people look at: snapshots of the averaged generator, how good each is, and grids of fakes and reals."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from ..datasets.batch import Bad
 from . import checkpoint, report
 from .draws import Draws
 from .metrics import Descriptors, distance
+from .schedule import Stage
 from .trainer import Training
 
 CHUNK = 16  # images at once
+ROW = 8  # images of a level in growth.png
 SCORED = 512  # images: fewer tell only very good from very bad
 SCORED_PX = 64 * 64  # on a CPU, larger images would take minutes
 
@@ -32,7 +35,7 @@ class Snapshots:
 
     def __init__(self, training: Training, take: Callable[[Iterator[Any]], Any | None] = next) -> None:
         self.training, self.take = training, take
-        self.reals: Descriptors | None = None
+        self.reals: dict[int, Descriptors] = {}  # by level: of the last one
 
     def write(self, writer: report.Writer | None, at_stop: bool = False) -> None:
         """Writes a snapshot and a grid of samples. To be called by all processes; the main one has the writer.
@@ -54,7 +57,7 @@ class Snapshots:
         checkpoint.save_snapshot(
             folder, training.average, recipe.networks[recipe.discriminator], run, training.nimg,
             training.width, training.height, m.channels, m.class_names if run.data.labels else [],
-            score, f"swd-{n}" if n else "", at_stop,
+            score, f"swd-{n}-{training.stage.px}px" if n else "", at_stop,
         )  # fmt: skip
         checkpoint.retain_snapshots(folder, run.keep_snapshots)
         writer.picture(f"fakes-{training.nimg:09d}", sample_grid(training), training.nimg)
@@ -62,24 +65,42 @@ class Snapshots:
     def scored_images(self) -> int:
         """How many images a score takes."""
         training = self.training
-        small = training.width * training.height <= SCORED_PX
+        small = math.prod(training.recipe.G.size) <= SCORED_PX
         automatic = SCORED if small or training.team.device.type == "cuda" else 0
         return automatic if training.run.score_images < 0 else training.run.score_images
 
     def score(self, n: int) -> float | None:
         """The distance of n generated images, always from the same latents, to n real ones. None on all but the main
         process, and if a signal came. To be called by all: each makes its share."""
-        training = self.training
-        if self.reals is None:
-            self.reals = self._described(
-                "looking at reals", n, lambda positions: reals(training, positions, prefetch=True)
+        training, level = self.training, self.training.stage.level
+        if level not in self.reals:
+            found = self._described(
+                "looking at reals", n, lambda positions: reals(training, level, positions, prefetch=True)
             )
-        if self.reals is None:
-            return None
+            if found is None:
+                return None
+            self.reals = {level: found}
         its = self._described("looking at fakes", n, lambda positions: fakes(training, "score", positions))
         if its is None or not training.team.main:
             return None
-        return distance(self.reals, its, projections=128, normalise_by="reals")["swd/mean"]
+        return distance(self.reals[level], its, projections=128, normalise_by="reals")["swd/mean"]
+
+    def add_level(self, writer: report.Writer | None, stage: Stage) -> None:
+        """Draws what a level has come to as a row of `samples/growth.png`, under those of the levels before it. For
+        runs that grow, at the end of a level's stage without fade."""
+        training = self.training
+        if not writer or stage.fading or len(training.data) == 1:
+            return
+        generator = training.average
+        level, alpha = generator.level, generator.alpha
+        generator.grow_to(stage.level)  # to the end of that stage
+        row = report.image_grid(fakes(training, "grid", range(ROW)), columns=ROW, min_side=1)
+        generator.grow_to(level, alpha)
+        writer.picture(f"growth-{stage.px:04d}", row, training.nimg)
+        sizes = [4 << each for each in range(stage.level + 1)]
+        rows = {px: writer.samples / f"growth-{px:04d}.png" for px in sizes}
+        strips = [(f"{px} px", path) for px, path in rows.items() if path.exists()]
+        writer.picture("growth", report.strips(strips), training.nimg)
 
     def _described(self, what: str, n: int, images: Callable[[range], Tensor]) -> Descriptors | None:
         """Of the first n of some images, from all processes; empty on all but the main one. None if a signal came."""
@@ -112,14 +133,15 @@ def fakes(training: Training, purpose: str, positions: range) -> Tensor:
     return torch.cat([report.to_uint8(x) for x in images])
 
 
-def reals(training: Training, positions: range, prefetch: bool = False) -> Tensor:
-    """uint8 [n, C, H, W], on the CPU: the images at these positions of the stream.
+def reals(training: Training, level: int, positions: range, prefetch: bool = False) -> Tensor:
+    """uint8 [n, C, H, W], on the CPU: the images at these positions of the stream, of the size of a level.
 
     prefetch: fetch remote shards in a thread, so that a signal ends the waiting for them; not before the processes that
     read data are there: they would be forked in the midst of it.
     """
     bad: list[Bad] = []
     its = training.batches(
+        level,
         start=positions[0] - positions[0] % positions.step,
         batch=len(positions) * positions.step,
         rank=positions[0] % positions.step,
@@ -139,9 +161,9 @@ def sample_grid(training: Training) -> Image:
 
 
 def real_grid(training: Training) -> Image:
-    """The first images of the stream."""
+    """The first images of the stream, of full size."""
     columns = grid_columns(training.width)
-    return report.image_grid(reals(training, range(columns**2)), columns)
+    return report.image_grid(reals(training, training.recipe.levels - 1, range(columns**2)), columns)
 
 
 def grid_columns(width: int) -> int:

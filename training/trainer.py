@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ..datasets.batch import Bad, told
-from ..datasets.stream import batches, check_share
+from ..datasets.stream import Stretch, batches, check_share
 from ..datasets.workers import default_workers
 from ..ops.memory import give_back_freed_memory, keep_freed_memory
 from . import checkpoint, ema, recipes, report, schedule
 from .agreement import check_agreement, check_replicas, code_version
 from .config import Run, flat, protected_differences
-from .data import cache_of, open_data
+from .data import Opened, cache_of, open_data
 from .distributed import Divided, Replicated, State, Team, Updater
 from .draws import Draws
 from .phases import Batch, Phase, own_rows, reached, run_phase
 from .saver import Saver
+from .schedule import Stage
 
 TOLD = 20  # replaced samples that are told of on stderr; all are written down
 T = TypeVar("T")
@@ -39,9 +40,9 @@ class Training:
         self.run, self.team = run, team
         check_agreement(team.rank, team.gather, flat(run), versions())
         self.data = open_data(run, team)
-        self.manifest = m = self.data.manifest
-        self.width, self.height = m.width // self.data.reduce, m.height // self.data.reduce
-        self._check_split()
+        largest = self.data[0]
+        self.manifest = m = largest.manifest
+        self.width, self.height = m.width // largest.reduce, m.height // largest.reduce
         if team.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         else:
@@ -50,8 +51,9 @@ class Training:
                 print("Note: fp16 on a CPU is many times slower than --precision fp32.", flush=True)
         class_counts = m.class_counts if run.data.labels else []
         self.recipe = recipes.build(run, self.width, self.height, m.channels, class_counts, team.device)
+        self._check_split()
         self.average = ema.average_of(self.recipe.networks[self.recipe.averaged])
-        self.updaters: dict[str, Updater] = {}  # by network, from `begin` on
+        self.updaters: dict[str, Updater] = {}  # by network, of the stage's optimizers; from `begin` on
         self.resumed_from: Path | None = None  # a checkpoint
         self.nimg = 0
         self.seconds = 0.0  # of training, over all tries
@@ -65,21 +67,39 @@ class Training:
 
     def _check_split(self) -> None:
         run, world = self.run, self.team.world
-        each, rest = divmod(run.batch, world * run.passes)
-        if rest or each % run.network.mbstd_group:
-            raise ValueError(
-                f"batch {run.batch} over {world} processes in {run.passes} passes leaves "
-                f"{run.batch / world / run.passes:g} images a pass, which has to be a multiple of network.mbstd_group "
-                f"{run.network.mbstd_group}: change batch, passes or network.mbstd_group"
-            )
+        for batch in sorted({stage.batch for _, stage in self.stages(0)}):
+            each, rest = divmod(batch, world * run.passes)
+            if rest or each % run.network.mbstd_group:
+                raise ValueError(
+                    f"batch {batch} over {world} processes in {run.passes} passes leaves "
+                    f"{batch / world / run.passes:g} images a pass, which has to be a multiple of network.mbstd_group "
+                    f"{run.network.mbstd_group}: change batch (or growth's), passes or network.mbstd_group"
+                )
+
+    @property
+    def stage(self) -> Stage:
+        """Of the schedule, at `nimg`."""
+        return self.recipe.stage
+
+    def stages(self, nimg: int) -> list[tuple[int, Stage]]:
+        """(`nimg` of its first iteration, stage) of the stage at `nimg` and of all that follow."""
+        return schedule.stages(self.run, self.recipe.levels, nimg)
+
+    def opened(self, level: int) -> Opened:
+        """The data set at the size of a level."""
+        return self.data[self.recipe.levels - 1 - level]
 
     def stream(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """This process's share of the batches from `nimg` on. Tells the report, and people, of replaced samples."""
         team, bad = self.team, []
         self.streamed_from = self.nimg
         its = self.batches(
+            self.stage.level,
             start=self.nimg,
-            batch=self.run.batch,
+            batch=self.stage.batch,
+            then=[
+                Stretch(start, stage.batch, *self.opened(stage.level)) for start, stage in self.stages(self.nimg)[1:]
+            ],
             rank=team.rank,
             world=team.world,
             workers=self.data_workers(),
@@ -97,16 +117,17 @@ class Training:
             finally:
                 self.tell_of(bad)
 
-    def batches(self, **options: Any) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Batches of the run's data set as the run wants them; `options` are more of `datasets.stream.batches`."""
-        d = self.run.data
+    def batches(self, level: int, **options: Any) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Batches of the run's data set as the run wants them, of the size of a level; `options` are more of
+        `datasets.stream.batches`."""
+        d, opened = self.run.data, self.opened(level)
         return batches(
-            self.data.folder,
-            self.manifest,
+            opened.folder,
+            opened.manifest,
             seed=self.run.seed,
             mirror=d.mirror,
             labelled=d.labels,
-            reduce=self.data.reduce,
+            reduce=opened.reduce,
             device=self.team.device if d.decoder == "gpu" else None,
             window=d.window,
             cache=cache_of(self.run),
@@ -179,30 +200,48 @@ class Training:
         return out
 
     def to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 images -> fp32 in [-1, 1]; labels -> one-hot [n, c_dim]; on this process's device."""
+        """uint8 images -> fp32 in [-1, 1], as the discriminator gets to see them; labels -> one-hot [n, c_dim]; on this
+        process's device."""
         device = self.team.device
-        x = images.to(device, non_blocking=True).float() / 127.5 - 1
+        x = self.recipe.shown(images.to(device, non_blocking=True).float() / 127.5 - 1)
         c_dim = self.recipe.c_dim
         if not c_dim:
             return x, torch.zeros(len(x), 0, device=device)
         return x, nn.functional.one_hot(labels.to(device, non_blocking=True), c_dim).float()
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        """One iteration on this process's uint8 images and int labels: all phases that are due, then the average."""
-        run, recipe = self.run, self.recipe
+        """One iteration on this process's uint8 images and int labels: all phases that are due, then the average. Then
+        the networks are at the stage of the next one."""
+        run, recipe, batch = self.run, self.recipe, self.stage.batch
+        report.report("alpha", recipe.alpha)
         if self.replaced is not None:
             report.report("data/replaced", self.replaced)
         reals, classes = self.to_device(images, labels)
         for phase in recipe.phases:
-            if schedule.due(self.nimg, run.batch, phase.interval):
+            if schedule.due(self.nimg, batch, phase.interval):
                 self.run_phase(phase, reals, classes)
         ramp = None if run.init else run.ema.ramp  # a snapshot's weights are not to be forgotten early
-        beta = schedule.ema_beta(self.nimg, run.batch, run.ema.half_life_kimg * 1000, ramp)
+        beta = schedule.ema_beta(self.nimg, batch, run.ema.half_life_kimg * 1000, ramp, run.ema.decay)
         ema.update_average(self.average, recipe.networks[recipe.averaged], beta)
         if self.team.device.type == "cpu":
             give_back_freed_memory()
-        self.nimg += run.batch
+        self.nimg += batch
         self.team.place.nimg = self.nimg
+        self.follow()
+
+    def follow(self) -> None:
+        """Brings the networks to where the schedule is at `nimg`; optimizers begin anew at another stage."""
+        recipe, levels = self.recipe, self.recipe.levels
+        stage, alpha = schedule.stage(self.run, levels, self.nimg), schedule.alpha(self.run, levels, self.nimg)
+        if stage == recipe.stage:
+            recipe.fade(alpha)
+        else:
+            for updater in self.updaters.values():
+                updater.close()
+            recipe.enter(stage, alpha)
+            give_back_freed_memory(every=0.0)  # the blocks of another size will not be needed again
+            self.updaters = {name: self._updater(name) for name in self.updaters}
+        self.average.grow_to(stage.level, alpha)
 
     def run_phase(self, phase: Phase, reals: Tensor, classes: Tensor) -> None:
         """Runs a phase; raises ValueError when its gradients have not been finite many times in a row."""
@@ -277,6 +316,7 @@ class Training:
             )
         if self.run.parallel.strategy == "deepspeed" and self.team.world == 1:
             print("Note: one process has nothing to divide, so parallel.strategy deepspeed makes no difference.")
+        self.follow()
         self.updaters = {name: self._updater(name) for name in self.recipe.networks}
         for name, state in optimizers.items():
             self.updaters[name].load(state)
@@ -289,17 +329,19 @@ class Training:
         """What makes the steps of a network's optimizer. (An engine has to be built around weights that are there.)"""
         p, team = self.run.parallel, self.team
         network, optimizer = self.recipe.networks[name], self.recipe.optimizers[name]
-        if p.strategy == "deepspeed" and team.world > 1:
-            return Divided(team, network, optimizer, p.zero_stage, self._parts(name))
+        parts = self._parts(name) if p.strategy == "deepspeed" and team.world > 1 else []
+        network.requires_grad_(True)  # engines and hooks leave out what has it not
+        if parts:
+            return Divided(team, network, optimizer, p.zero_stage, parts)
         overlap = p.overlap == "on" or (p.overlap == "auto" and team.world > team.local_world)
-        gradient = sum(x.numel() * x.element_size() for x in network.parameters())
+        gradient = sum(x.numel() * x.element_size() for _, x in network.active())
         # At least some six buckets: the last one is not hidden by the backward pass.
         return Replicated(team, network, optimizer, math.ceil(min(p.bucket_mb * 1e6, gradient / 6)) if overlap else 0)
 
     def _parts(self, name: str) -> list[list[nn.Parameter]]:
-        """A network's parameters, those together that the same phases reach."""
+        """A network's parameters that are at work, those together that the same phases reach."""
         n, network = self.run.network.mbstd_group, self.recipe.networks[name]
-        images = torch.zeros(n, self.manifest.channels, self.height, self.width, device=self.team.device)
+        images = torch.zeros(n, self.manifest.channels, *self.recipe.G.size, device=self.team.device)
         labels = torch.zeros(n, self.recipe.c_dim, device=self.team.device)
         reach = [
             reached(phase, self.recipe.networks, Batch(images, labels, Draws(0, phase.name, range(n), images.device)))
@@ -307,9 +349,8 @@ class Training:
             if phase.trains == name
         ]
         parts: dict[tuple[bool, ...], list[nn.Parameter]] = {}
-        for parameter, p in network.named_parameters():
+        for parameter, p in network.active():
             parts.setdefault(tuple(parameter in names for names in reach), []).append(p)
-        network.requires_grad_(True)  # an engine leaves out what has it not
         return list(parts.values())
 
     def restore(self, folder: Path, states: checkpoint.States, meta: dict[str, Any], run: Run) -> dict[str, State]:

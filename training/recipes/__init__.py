@@ -3,17 +3,28 @@
 import torch
 
 from ..config import Run
+from .msg import MSG
+from .progressive import Progressive
+from .recipe import Recipe
+from .stylegan1 import StyleGAN1
 from .stylegan2 import StyleGAN2
+
+RECIPES: dict[str, type[Recipe]] = {
+    "stylegan2": StyleGAN2,
+    "msg": MSG,
+    "stylegan1": StyleGAN1,
+    "progressive": Progressive,
+}
 
 
 def build(
     run: Run, width: int, height: int, img_channels: int, class_counts: list[int], device: torch.device
-) -> StyleGAN2:
-    """The recipe of a run, its networks on `device`.
+) -> Recipe:
+    """The recipe of a run, its networks on `device`, in the schedule's first stage.
 
     Args:
-        width, height: of the images, in px.
+        width, height: of the data set's images, in px.
         img_channels: 1, 3 or 4.
         class_counts: images of each class; empty without labels.
     """
-    return StyleGAN2(run, width, height, img_channels, class_counts, device)
+    return RECIPES[run.recipe.kind](run, width, height, img_channels, class_counts, device)
