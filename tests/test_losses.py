@@ -89,3 +89,41 @@ def test_path_length_reaches_the_weights_of_the_generator():
 def test_path_length_penalty():
     penalty = losses.path_length_penalty(torch.tensor([1.0, 4.0]), torch.tensor(3.0))
     assert torch.equal(penalty, torch.tensor([4.0, 1.0]))
+
+
+def test_wasserstein_losses():
+    assert losses.wasserstein_generator(LOGITS).tolist() == [2.0, 0.0, -3.0]
+    assert losses.wasserstein_discriminator(LOGITS, 2 * LOGITS).tolist() == [-2.0, 0.0, 3.0]
+
+
+def test_the_gradient_penalty_of_a_linear_critic():
+    """(|w| - target)^2, whatever the point; its derivative by w in closed form."""
+    x = torch.randn(3, 2, 4, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    penalty = losses.gradient_penalty(x, (x * w).sum(dim=[1, 2, 3])[:, None], target=1.5)
+    norm = w.detach().norm()
+    torch.testing.assert_close(penalty, (norm - 1.5).square().expand(3))
+    (grad,) = torch.autograd.grad(penalty.sum(), w)
+    torch.testing.assert_close(grad, 3 * 2 * (norm - 1.5) * w.detach() / norm)
+
+
+def test_the_gradient_penalty_has_two_derivatives_and_is_finite_where_the_gradient_is_0():
+    x = torch.randn(2, 1, 2, 2, dtype=torch.float64)
+    w = torch.randn(1, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def penalty(w):
+        y = x.clone().requires_grad_()
+        return losses.gradient_penalty(y, (y * w).square().sum(dim=[1, 2, 3])[:, None])
+
+    assert gradcheck(penalty, w)
+    assert gradgradcheck(penalty, w)
+    flat = torch.zeros(2, 1, 2, 2, dtype=torch.float64, requires_grad=True)
+    value = losses.gradient_penalty(flat, (flat * w).square().sum(dim=[1, 2, 3])[:, None])
+    assert value.tolist() == [1.0, 1.0]
+    assert torch.autograd.grad(value.sum(), w)[0].isfinite().all()
+
+
+def test_the_classifiers_cross_entropy():
+    logits, labels = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 0.0]]), torch.eye(3)[[1, 2]]
+    total = math.exp(1) + math.exp(2) + math.exp(0.5)
+    torch.testing.assert_close(losses.cross_entropy(logits, labels), torch.tensor([math.log(total) - 2, math.log(3)]))

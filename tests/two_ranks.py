@@ -86,7 +86,7 @@ def phase_results(run: Run, team, dtype: torch.dtype = torch.float64, spoil: boo
             "bad": report.Report.state_dict()[f"nonfinite/{phase.name}"],
             "changed": torch.tensor(any(not torch.equal(x, before[name]) for name, x in weights.items())),
             "w_avg": training.recipe.G.mapping.w_avg,
-            "pl_mean": training.recipe.pl_mean,
+            "pl_mean": training.recipe.state_dict()["pl_mean"],
         }
         out |= {f"{phase.name}/{name}": x.clone() for name, x in found.items()}
     report.Report.load_state_dict({})
