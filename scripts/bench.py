@@ -15,21 +15,22 @@ import tyro
 
 from styleloom.ops import build
 from styleloom.ops.memory import keep_freed_memory
-from styleloom.scripts import bench_data, bench_model, bench_ops, bench_peers, bench_plan, bench_ranks
+from styleloom.scripts import bench_data, bench_levels, bench_model, bench_ops, bench_peers, bench_plan, bench_ranks
 from styleloom.scripts.bench_data import Data
+from styleloom.scripts.bench_levels import Levels
+from styleloom.scripts.bench_model import NOT_KEPT
 from styleloom.scripts.bench_plan import Cluster
 from styleloom.scripts.bench_ranks import Ranks
 from styleloom.scripts.bench_show import Row, Table, line, number, progress, text, titles
 from styleloom.scripts.cli import parse, run
 from styleloom.training.config import PRESETS, Run, StyleGAN2Network
-from styleloom.training.networks.stylegan2 import start_size
+from styleloom.training.networks.growing import start_size
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["auto", "cpu", "cuda"]
 
 _BUDGET = 0.5  # seconds of repetitions
 _BATCH = {"cpu": 4, "cuda": 32}
-NOT_KEPT = ", memory not kept"
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,9 @@ class Model:
     """Times the phases of training on random images, and an iteration with lazy phases averaged in.
 
     Without data set and averaging. FLOPs are those of the plain formulation. Several resolutions, precisions or
-    formulations are measured in a process each. With --ranks: training as it is, on several processes. With --plan:
-    nothing is measured, but a cluster calculated.
+    formulations are measured in a process each. With --levels: networks that grow, at each size; otherwise all are
+    measured at their full size. With --ranks: training as it is, on several processes. With --plan: nothing is
+    measured, but a cluster calculated.
     """
 
     preset: str | None = None
@@ -91,6 +93,7 @@ class Model:
     memory: Literal["kept", "default"] = "kept"
     """What becomes of memory that is freed on the CPU: kept for the next tensors, as in training, or as the system
     has it."""
+    growing: Annotated[Levels, tyro.conf.OmitArgPrefixes] = field(default_factory=Levels)
     several: Annotated[Ranks, tyro.conf.OmitArgPrefixes] = field(default_factory=Ranks)
     plan: bool = False
     """Calculate from assumptions (--cluster.*) how it scales on `gpus` GPUs; without data and without measuring."""
@@ -163,11 +166,11 @@ def measure_ceiling(dtypes: Sequence[str], device: torch.device, budget: float) 
 
 
 def model(options: Model) -> dict[str, Any]:
-    at_least(threads=options.threads, rounds=options.rounds - 1, ranks=options.several.ranks)
+    at_least(threads=options.threads, rounds=options.rounds - 1, ranks=options.several.ranks, kimg=options.growing.kimg)
     device, runs = choose(options.device), read_runs(options)
     quiet = str(options.json) == "-"
-    if options.several.ranks or options.plan:
-        found, lines = _several(options, runs, device)
+    if options.several.ranks or options.plan or options.growing.levels:
+        found, lines = (_levels if options.growing.levels else _several)(options, runs, device)
         if not quiet:
             print("\n".join(lines))
         return found
@@ -176,10 +179,10 @@ def model(options: Model) -> dict[str, Any]:
     else:
         found = _measure_many(options, runs, device)
     if not quiet:
-        rows = "\n".join(line(MODEL_TABLE, row) for row in found["rows"])
-        print("\n".join([*describe(found["machine"], found["ceiling"]), "", titles(MODEL_TABLE), rows]))
+        rows = "\n".join(line(bench_model.TABLE, row) for row in found["rows"])
+        print("\n".join([*describe(found["machine"], found["ceiling"]), "", titles(bench_model.TABLE), rows]))
         for ratio in found.get("ratios", []):
-            print(describe_ratio(ratio))
+            print(bench_model.describe_ratio(ratio))
     return found
 
 
@@ -196,19 +199,21 @@ def read_runs(options: Model) -> list[tuple[int, Run]]:
     if not (options.resolution or options.preset is None or named):
         raise ValueError(f"the preset {base.preset} is for no particular size: give --resolution as well")
     resolutions = options.resolution or (int(named[1]) if named else 256,)
+    for resolution in resolutions:
+        start_size(resolution, resolution)  # raises
     settings = base.model_dump()
     settings["batch"] = base.batch if options.batch is None else options.batch
     for name in ("channel_base", "mapping_layers"):
         value = getattr(options, name)
-        settings["network"][name] = settings["network"][name] if value is None else value
-    runs = [
+        if value is not None and name not in settings["network"]:
+            raise ValueError(f"--{name.replace('_', '-')}: networks of kind {base.network.kind} have none")
+        settings["network"] |= {} if value is None else {name: value}
+    settings |= bench_levels.settings(options.growing, base, options.batch, max(resolutions))
+    return [
         (resolution, Run.model_validate(settings | {"precision": precision}))
         for resolution in resolutions
         for precision in options.precision or (base.precision,)
     ]
-    for resolution, _ in runs:
-        start_size(resolution, resolution)  # raises
-    return runs
 
 
 def _measure_one(options: Model, size: int, its: Run, device: torch.device) -> dict[str, Any]:
@@ -220,7 +225,38 @@ def _measure_one(options: Model, size: int, its: Run, device: torch.device) -> d
     if device.type == "cpu" and not facts["memory_kept"]:
         formulation += NOT_KEPT
     where = {"resolution": size, "precision": its.precision, "formulation": formulation}
-    return {"machine": facts, "ceiling": ceiling, "settings": its.model_dump(), "rows": [where | row for row in rows]}
+    return {
+        "machine": facts,
+        "ceiling": ceiling,
+        "settings": its.model_dump(mode="json"),
+        "rows": [where | row for row in rows],
+    }
+
+
+def _levels(options: Model, runs: Sequence[tuple[int, Run]], device: torch.device) -> tuple[dict[str, Any], list[str]]:
+    """What --levels found, and the lines that show it. Several sizes are measured in a child each."""
+    if len(runs) > 1 or options.compare or options.memory != "kept" or options.several.ranks or options.plan:
+        raise ValueError(
+            "--levels takes one resolution and one precision, without --compare, --memory, --ranks and --plan"
+        )
+    (size, its), growing = runs[0], options.growing
+    sizes = bench_levels.sizes(growing, its, size)
+    if len(sizes) == 1:
+        found = [_measure_level(options, size, its, sizes[0], device)]
+    else:
+        arguments = _arguments(options, size, its, device, "kept")
+        found = bench_levels.measure_in_children(arguments, growing, its.growth.start, sizes)
+    whole = bench_levels.together(found, its.precision, complete=not growing.sizes)
+    lines = [*describe(whole["machine"], whole["ceiling"]), ""]
+    return whole, lines + bench_levels.describe(whole, growing, options.batch)
+
+
+def _measure_level(options: Model, size: int, its: Run, px: int, device: torch.device) -> dict[str, Any]:
+    facts = begin(device, options.threads, keep=True)
+    ceiling = measure_ceiling([its.precision], device, _BUDGET)
+    with progress(None, "measuring") as bar:
+        rows = bench_levels.measure(its, size, px, device, options.rounds, ceiling["matrix"][its.precision], bar)
+    return {"machine": facts, "ceiling": ceiling, "settings": its.model_dump(mode="json"), "rows": rows}
 
 
 def _several(options: Model, runs: Sequence[tuple[int, Run]], device: torch.device) -> tuple[dict[str, Any], list[str]]:
@@ -265,15 +301,15 @@ def _measure_many(options: Model, runs: Sequence[tuple[int, Run]], device: torch
             for key, one in bench_model.in_children(commands, repeats):
                 measured[key].append(one)
                 bar.update()
-            together = {way: join(measured[size, its.precision, way], its.precision) for way in ways}
+            together = {way: bench_model.join(measured[size, its.precision, way], its.precision) for way in ways}
             found += together.values()
             if options.compare:
-                ratios.append(compare({way: one["rows"][-1] for way, one in together.items()}))
+                ratios.append(bench_model.compare({way: one["rows"][-1] for way, one in together.items()}))
     matrix = {its.precision: max(one["ceiling"]["matrix"].get(its.precision, 0) for one in found) for _, its in runs}
     return {
         "machine": found[0]["machine"],
         "ceiling": found[0]["ceiling"] | {"matrix": matrix},
-        "settings": [its.model_dump() for _, its in runs],
+        "settings": [its.model_dump(mode="json") for _, its in runs],
         "rows": [row for one in found for row in one["rows"]],
         **({"ratios": ratios} if options.compare else {}),
     }
@@ -282,32 +318,11 @@ def _measure_many(options: Model, runs: Sequence[tuple[int, Run]], device: torch
 def _arguments(options: Model, size: int, its: Run, device: torch.device, memory: str) -> list[str]:
     """For a child that measures one of the runs."""
     named = {
-        "preset": options.preset, "resolution": size, "batch": its.batch, "precision": its.precision,
-        "channel-base": its.network.channel_base, "mapping-layers": its.network.mapping_layers,
-        "device": device.type, "threads": options.threads, "rounds": options.rounds, "memory": memory,
+        "preset": options.preset, "resolution": size, "batch": options.batch, "precision": its.precision,
+        "channel-base": options.channel_base, "mapping-layers": options.mapping_layers, "device": device.type,
+        "threads": options.threads, "rounds": options.rounds, "memory": memory,
     }  # fmt: skip
     return [word for name, value in named.items() if value is not None for word in (f"--{name}", str(value))]
-
-
-def join(measured: Sequence[dict[str, Any]], precision: str) -> dict[str, Any]:
-    """Several measurements of a configuration as one."""
-    rate = max(one["ceiling"]["matrix"][precision] for one in measured)
-    ceiling = measured[0]["ceiling"] | {"matrix": {precision: rate}}
-    return measured[0] | {"ceiling": ceiling, "rows": bench_model.best_of([one["rows"] for one in measured], rate)}
-
-
-def compare(iterations: dict[str, Row]) -> Row:
-    """How many times as many images a CPU-second (on a GPU: a second) ours has as each other formulation."""
-    ours = iterations["ours"]
-    key = "img_per_s" if ours["img_per_cpu_s"] is None else "img_per_cpu_s"
-    others = {way: ours[key] / row[key] for way, row in iterations.items() if way != "ours"}
-    return {"resolution": ours["resolution"], "precision": ours["precision"], "of": key, "ours": ours[key]} | others
-
-
-def describe_ratio(ratio: Row) -> str:
-    unit = "s" if ratio["of"] == "img_per_s" else "CPU-second"
-    others = [f"{ratio[way]:.2f} times {way}" for way in ("plain", f"plain{NOT_KEPT}") if way in ratio]
-    return f"{ratio['resolution']} px {ratio['precision']}: {ratio['ours']:.3g} img a {unit}, {', '.join(others)}"
 
 
 # bench data
@@ -387,21 +402,6 @@ OPS_TABLE: Table = [
     ("GFLOP/s", 9, number("flop_per_s", ",.1f", 1e-9)),
     ("of matrix", 9, number("matrix_share", ".0%")),
     ("x plain", 7, number("speedup", ".2f")),
-]
-MODEL_TABLE: Table = [
-    ("px", 4, text("resolution")),
-    ("precision", -9, text("precision")),
-    ("formulation", -22, text("formulation")),
-    ("phase", -9, text("phase")),
-    ("images", 6, text("images")),
-    ("s", 8, number("seconds", ".3f")),
-    ("CPU-s", 8, number("cpu_seconds", ".3f")),
-    ("img/s", 8, number("img_per_s", ".2f")),
-    ("img/CPU-s", 9, number("img_per_cpu_s", ".3f")),
-    ("GFLOP", 9, number("flops", ",.1f", 1e-9)),
-    ("GFLOP/s", 9, number("flop_per_s", ",.1f", 1e-9)),
-    ("of matrix", 9, number("matrix_share", ".0%")),
-    ("GiB", 6, number("peak_bytes", ".2f", 2**-30)),
 ]
 
 

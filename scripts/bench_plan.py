@@ -113,7 +113,7 @@ def plan(run: Run, size: int, gpus: Sequence[int], c: Cluster) -> list[Row]:
     """Rows of `scaling`: at the run's batch, where it can be divided so, and with as many images a GPU as one has."""
     recipe = recipes.build(run, size, size, 3, [], torch.device("cpu"))
     phases = [
-        row | {"flops": bench_model.count(phase, recipe, size), "of": run.batch}
+        row | {"flops": bench_model.count(phase, recipe), "of": run.batch}
         for phase, row in zip(recipe.phases, traffic(recipe), strict=True)
     ]
     group = run.network.mbstd_group

@@ -26,6 +26,7 @@ from styleloom.scripts.bench_show import Row, Table, line, number, progress, tex
 from styleloom.training import recipes
 from styleloom.training.config import Run, read_run, write_run
 from styleloom.training.distributed import Team
+from styleloom.training.phases import Phase
 from styleloom.training.saver import Saver
 from styleloom.training.trainer import Training
 
@@ -73,10 +74,9 @@ def settings(options: Ranks, run: Run, data: Path, reduce: int, ranks: int, batc
     return Run.model_validate(run.model_dump() | {"batch": batch, "data": its_data, "parallel": parallel})
 
 
-def cycle(run: Run) -> int:
+def cycle(phases: Sequence[Phase]) -> int:
     """Iterations after which the lazy phases have all come round."""
-    r = run.recipe
-    return math.lcm(r.pl_interval if r.pl_weight else 1, 1 if r.r1_gamma == 0 else r.r1_interval)
+    return math.lcm(*(phase.interval for phase in phases))
 
 
 @contextlib.contextmanager
@@ -200,7 +200,7 @@ def traffic(recipe: Any) -> list[Row]:
     whether it has a gradient, which go with it."""
     rows = []
     for phase in recipe.phases:
-        parameters = list(recipe.networks[phase.trains].parameters())
+        parameters = [p for _, p in recipe.networks[phase.trains].active()]
         size = parameters[0].element_size()
         others = sum(math.prod(shape) for shape in phase.statistics.values()) + len(parameters)
         rows.append(
@@ -343,7 +343,7 @@ def train_in_turns(folder: Path, parent: int, number: int) -> None:
             if not told(folder, f"turn-{i}", parent):
                 break
             # The first turn is to get warm: all phases are due in a run's first iteration.
-            row = turn(training, team, reals, saver, iterations=cycle(run) if i else 1)
+            row = turn(training, team, reals, saver, iterations=cycle(training.recipe.phases) if i else 1)
             write_atomically(folder / f"turn-{i}-rank-{number + team.rank}.json", json.dumps(row).encode())
     team.close()
 

@@ -200,11 +200,24 @@ def test_one_model(call):
     assert found["settings"]["network"]["channel_base"] == 64
 
 
+@pytest.mark.parametrize("preset", ["progressive-1024", "progressive-cpu", "stylegan1-1024", "msg-256"])
+def test_other_kinds_at_their_full_size(call, preset):
+    """What grows does not here; phases are those of the recipe."""
+    arguments = ["--resolution", 8, "--channel-base", 64, "--batch", 8, "--precision", "fp32", *TINY[-4:]]
+    status, out, err = call(bench.main, "model", "--preset", preset, *arguments, "--json", "-")
+    assert status == 0, err
+    found = json.loads(out)
+    phases = ["Gmain", "Gpl", "Dmain", "Dr1"] if preset == "msg-256" else ["Dmain", "Gmain"]
+    assert [row["phase"] for row in found["rows"]] == [*phases, "iteration"]
+    assert {row["resolution"] for row in found["rows"]} == {8}
+    assert found["settings"]["growth"]["start"] == 0
+
+
 def test_flops_are_those_of_the_plain_formulation_and_in_proportion_to_the_batch():
     def count(batch: int) -> dict[str, int]:
         ((size, its),) = bench.read_runs(bench.Model(resolution=(16,), channel_base=128, batch=batch))
         recipe = bench_model.recipes.build(its, size, size, 3, [], CPU)
-        return {phase.name: bench_model.count(phase, recipe, size) for phase in recipe.phases}
+        return {phase.name: bench_model.count(phase, recipe) for phase in recipe.phases}
 
     small, large = count(4), count(8)
     for name in ("Gmain", "Dmain", "Dr1"):
@@ -256,7 +269,7 @@ def test_a_child_measures_what_it_is_told():
     ((key, found),) = bench_model.in_children(commands, 1)
     assert key == (8, "fp32", "plain")
     assert {row["formulation"] for row in found["rows"]} == {"plain, memory not kept"}
-    assert found["settings"] == its.model_dump()
+    assert found["settings"] == its.model_dump(mode="json")
     assert found["rows"][-1]["peak_bytes"] > 0
 
 
@@ -303,6 +316,7 @@ def test_best_of_takes_the_fastest_runs():
         (["model", "--batch", "6"], "minibatch-std"),
         (["model", "--rounds", "0"], "--rounds"),
         (["model", "--threads", "-1"], "--threads"),
+        (["model", "--preset", "progressive-1024", "--mapping-layers", "2"], "--mapping-layers: networks of kind pro"),
     ],
 )
 def test_mistakes(refused, arguments, what):

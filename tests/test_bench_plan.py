@@ -75,7 +75,7 @@ def test_a_plan_of_a_run():
     ]  # fmt: skip
     assert [row["gpus"] for row in rows if "img_per_s" not in row] == [4]
     recipe = recipes.build(run, 8, 8, 3, [], CPU)
-    flops = sum(bench_model.count(phase, recipe, 8) / phase.interval for phase in recipe.phases)
+    flops = sum(bench_model.count(phase, recipe) / phase.interval for phase in recipe.phases)
     assert rows[0]["compute"] == pytest.approx(flops / 1e12)
     assert all(row["efficiency"] < 1 for row in rows[1:] if "efficiency" in row)
 
@@ -90,6 +90,14 @@ def test_plan_prints_a_table_and_what_is_not_possible(call, tmp_path):
     found = json.loads(file.read_text())
     assert found["cluster"]["node_gbit"] == 25
     assert [row["way"] for row in found["rows"]] == ["one", "same batch", "4 a GPU", "4 a GPU"]
+
+
+@pytest.mark.parametrize("preset", ["progressive-cpu", "stylegan1-1024", "msg-256"])
+def test_a_plan_of_other_kinds(call, preset):
+    arguments = ["--preset", preset, "--resolution", 8, "--channel-base", 64, "--plan", "--gpus", 2, "--json", "-"]
+    status, out, err = call(bench.main, "model", *arguments)
+    assert status == 0, err
+    assert all(row["img_per_s"] > 0 for row in json.loads(out)["rows"])
 
 
 @pytest.mark.parametrize(

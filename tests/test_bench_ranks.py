@@ -12,12 +12,13 @@ import torch.distributed as dist
 from styleloom.scripts import bench, bench_ranks
 from styleloom.scripts.bench_ranks import Ranks, together
 from styleloom.training import recipes
-from styleloom.training.config import Run, StyleGAN2Network, StyleGAN2Recipe
+from styleloom.training.config import PRESETS, Growth, Run, StyleGAN2Network, StyleGAN2Recipe
 from styleloom.training.distributed import Replicated, Team
 
 CPU = torch.device("cpu")
 SMALL = ["--resolution", "8", "--channel-base", "64", "--mapping-layers", "1", "--rounds", "1", "--device", "cpu"]
 NETWORK = StyleGAN2Network(z_dim=8, w_dim=8, mapping_layers=1, channel_base=64)
+RUN = Run(batch=4, network=NETWORK)
 
 
 def test_two_ranks_beside_one_and_two_apart(call, tmp_path):
@@ -36,6 +37,16 @@ def test_two_ranks_beside_one_and_two_apart(call, tmp_path):
     assert found["settings"]["batch"] == 8
     assert "together: " in out
     assert "All-reduced in an iteration: " in out
+
+
+def test_networks_that_grow_are_trained_at_their_full_size(call):
+    arguments = ["--preset", "progressive-cpu", "--resolution", 8, "--channel-base", 64, "--batch", 8, "--rounds", 1]
+    more = ["--device", "cpu", "--ranks", 2, "--workers", 0, "--json", "-"]
+    status, out, err = call(bench.main, "model", *arguments, *more)
+    assert status == 0, err
+    found = json.loads(out)
+    assert [row["phase"] for row in found["traffic"]] == ["Dmain", "Gmain"]
+    assert found["settings"]["growth"]["start"] == 0
 
 
 def test_a_data_set_that_is_not_there(refused, tmp_path):
@@ -69,13 +80,17 @@ def test_who_comes_last_waits_for_nobody():
 
 
 def test_a_turn_has_each_lazy_phase_as_often_as_training():
-    recipe = StyleGAN2Recipe(pl_interval=6, r1_interval=4)
-    assert bench_ranks.cycle(Run(recipe=recipe)) == 12
-    assert bench_ranks.cycle(Run(recipe=recipe.model_copy(update={"pl_weight": 0.0}))) == 4
-    assert bench_ranks.cycle(Run(recipe=recipe.model_copy(update={"r1_gamma": 0.0}))) == 6
+    def cycle(**changed: float) -> int:
+        its = StyleGAN2Recipe(pl_interval=6, r1_interval=4).model_copy(update=changed)
+        return bench_ranks.cycle(recipes.build(Run(batch=4, network=NETWORK, recipe=its), 8, 8, 3, [], CPU).phases)
+
+    assert cycle() == 12
+    assert cycle(pl_weight=0.0) == 4
+    assert cycle(r1_gamma=0.0) == 6
 
 
-def test_traffic_is_what_an_updater_sends(monkeypatch):
+@pytest.mark.parametrize("preset", ["custom", "progressive-cpu"])
+def test_traffic_is_what_an_updater_sends(monkeypatch, preset):
     class Two(Team):
         """One of two processes, the other of which has the same gradients."""
 
@@ -91,18 +106,22 @@ def test_traffic_is_what_an_updater_sends(monkeypatch):
 
     sent = []
     monkeypatch.setattr(dist, "all_reduce", lambda x, async_op: sent.append(x.numel() * x.element_size()) or Done())
-    recipe = recipes.build(Run(batch=4, network=NETWORK), 8, 8, 3, [], CPU)
+    run = PRESETS[preset].model_copy(update={"growth": Growth()}) if preset in PRESETS else RUN
+    recipe = recipes.build(run, 8, 8, 3, [], CPU)
     rows = bench_ranks.traffic(recipe)
     for phase, row in zip(recipe.phases, rows, strict=True):
         sent.clear()
         updater = Replicated(Two(), recipe.networks[phase.trains], recipe.optimizers[phase.trains])
         updater.reduce([torch.zeros(shape) for shape in phase.statistics.values()])
         assert sent == [row["gradient_bytes"] + row["other_bytes"]]
-    assert bench_ranks.bytes_of_iteration(rows[:2]) == sent_in(rows[0]) + sent_in(rows[1]) / 4
 
 
-def sent_in(row) -> int:
-    return row["gradient_bytes"] + row["other_bytes"]
+def test_lazy_phases_count_in_proportion():
+    rows = [
+        {"gradient_bytes": 10, "other_bytes": 2, "interval": 1},
+        {"gradient_bytes": 8, "other_bytes": 0, "interval": 4},
+    ]
+    assert bench_ranks.bytes_of_iteration(rows) == 14
 
 
 def test_the_time_in_collectives_is_noted_once_each():
