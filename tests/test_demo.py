@@ -52,6 +52,20 @@ def test_the_demo(stand_in, call, tmp_path):
     assert (out / "data-32" / "manifest.json").stat().st_mtime_ns == before
 
 
+def test_the_demo_that_grows(stand_in, call, tmp_path):
+    growth = ["--growth.stabilise-kimg=0.004", "--growth.fade-kimg=0.004", "--growth.batch", "4", "4"]
+    tiny = [option for option in TINY if "w-dim" not in option and "mapping" not in option]
+    out = tmp_path / "out"
+    status, said, err = call(demo.main, "--grow", "--out", out, *tiny, *growth, "--total-kimg=0.06")
+    assert status == 0, err
+    assert read_manifest(out / "data-64").reduced == ["32x32", "16x16", "8x8", "4x4"]
+    (line,) = (line for line in said.splitlines() if line.startswith("What each size came to:"))
+    assert Path(line.split()[-1]).is_file()
+    assert "low levels decode" not in said
+    rows = sorted(path.name for path in (out / "run-64" / "samples").glob("growth-*.png"))
+    assert rows == [f"growth-{px:04d}.png" for px in (4, 8, 16, 32, 64)]
+
+
 def test_without_the_pictures(refused, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     complaint = refused(demo.main, "--out", tmp_path / "out")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import statistics
 import time
 from dataclasses import dataclass
 
@@ -12,12 +13,16 @@ from torch import Tensor, nn
 from ..ops.memory import peak_memory
 from .config import Run
 from .distributed import Team
+from .draws import Draws
 from .loop import say
+from .phases import Batch, Phase, run_phase
 from .report import duration
 from .schedule import Stage
 from .trainer import Training
 
-WARM_UP, MEASURED = 1, 2  # runs of every phase
+MEASURED = 2  # runs of every phase, after a first one
+LONG = 5.0  # seconds, after which no more are begun
+FEW_PIXELS = 2**16  # of all images of a pass on a CPU
 
 
 @dataclass
@@ -28,6 +33,8 @@ class Estimate:
     phase_seconds: dict[str, float]
     seconds: float
     memory_bytes: int
+    images: int
+    """Of a pass that was measured; the rest is proportional."""
 
 
 def dry_run(run: Run, team: Team) -> int:
@@ -53,20 +60,39 @@ def coming(training: Training) -> list[tuple[int, Stage]]:
 
 
 def measure(training: Training, stage: Stage) -> Estimate:
-    """Runs each phase a few times on real data, and times it."""
-    peak_memory(training.team.device)  # what was before does not count
+    """Runs one pass of each phase a few times on real data, times it, and counts as many as there are of it.
+
+    On a CPU on no more images than memory surely holds: what a pass of more would take is proportional.
+    """
+    run, team = training.run, training.team
+    share, group = stage.batch // team.world // run.passes, run.network.mbstd_group
+    few = group * max(FEW_PIXELS // math.prod(training.recipe.G.size) // group, 1)
+    n = min(share, few) if team.device.type == "cpu" else share
+    peak_memory(team.device)
+    before = peak_memory(team.device)  # now, as the call before set it back
     with contextlib.closing(training.stream()) as stream:
         reals, classes = training.to_device(*next(stream))
-    seconds = {}
-    for phase in training.recipe.phases:
-        for _ in range(WARM_UP):
-            training.run_phase(phase, reals, classes)
-        began = now(reals)
-        for _ in range(MEASURED):
-            training.run_phase(phase, reals, classes)
-        seconds[phase.name] = (now(reals) - began) / MEASURED
+    seconds = {phase.name: time_phase(training, phase, reals[:n], classes[:n]) for phase in training.recipe.phases}
     total = sum(seconds[phase.name] / phase.interval for phase in training.recipe.phases)
-    return Estimate(stage, seconds, total, peak_memory(training.team.device))
+    peak = peak_memory(team.device)
+    # Gradients and two moments do not depend on the images.
+    fixed = before + 3 * sum(p.nbytes for x in training.recipe.networks.values() for _, p in x.active())
+    return Estimate(stage, seconds, total, peak if n == share else round(fixed + max(peak - fixed, 0) * share / n), n)
+
+
+def time_phase(training: Training, phase: Phase, reals: Tensor, classes: Tensor) -> float:
+    """Seconds that a phase takes with all its passes, from one pass on these images, or on fewer. Rather too many, as
+    the optimizer's step is counted with each pass."""
+    images = phase.batch / training.team.world
+    n = min(len(reals), max(round(images / training.run.passes), 1))
+    part = Batch(reals, classes, Draws(training.run.seed, phase.name, range(n), reals.device))
+    took: list[float] = []
+    # All processes have to decide alike.
+    while len(took) <= MEASURED and training.team.totals(sum(took))[0] < LONG * training.team.world:
+        began = now(reals)
+        run_phase(phase, training.recipe.networks, training.updaters[phase.trains], [part])
+        took.append(now(reals) - began)
+    return statistics.mean(took[1:] or took) * images / n  # the first one is not typical
 
 
 def now(x: Tensor) -> float:
@@ -98,6 +124,12 @@ def describe(training: Training) -> list[str]:
     ]
 
 
+def size(training: Training, stage: Stage) -> str:
+    """Of a stage's images, and as growth's fields count it."""
+    height, width = training.recipe.G.size_at(stage.level)
+    return f"{stage.px} px" if height == width == stage.px else f"{width}x{height} px (growth's {stage.px})"
+
+
 def schedule_of(training: Training) -> list[str]:
     """A line for each stage."""
     stages, total = coming(training), round(training.run.total_kimg * 1000)
@@ -105,10 +137,11 @@ def schedule_of(training: Training) -> list[str]:
     lines = []
     for (nimg, stage), end in zip(stages, ends, strict=True):
         each = stage.batch // training.team.world
+        where = f"{size(training, stage)}{', fading in' * stage.fading}"
+        steps = math.ceil((end - nimg) / stage.batch)
         lines.append(
-            f"          {nimg / 1000:g} to {end / 1000:g} kimg at {stage.px} px{', fading in' * stage.fading}: "
-            f"{math.ceil((end - nimg) / stage.batch):,} iterations of {stage.batch} images ({each} on each process), "
-            f"lr {stage.lr:g}."
+            f"          {nimg / 1000:g} to {end / 1000:g} kimg at {where}: {steps:,} iterations of {stage.batch} "
+            f"images ({each} on each process), lr {stage.lr:g}."
         )
     return lines
 
@@ -121,10 +154,13 @@ def told(training: Training, estimate: Estimate) -> str:
         + (f", every {batches[name].interval} iterations)" if batches[name].interval > 1 else ")")
         for name, s in estimate.phase_seconds.items()
     )
+    share = estimate.stage.batch // training.team.world // training.run.passes
+    rest = f" Measured on {estimate.images} images a pass, not {share}." if estimate.images < share else ""
+    where = f"{size(training, estimate.stage)} on {training.team.device}"
     return (
-        f"At {estimate.stage.px} px on {training.team.device}: {each}; together {1000 * estimate.seconds:.0f} ms an "
-        f"iteration, {estimate.stage.batch / estimate.seconds:.1f} img/s, {estimate.memory_bytes / 2**30:.1f} GB of "
-        f"memory a process; R1 gamma {training.recipe.r1_gamma:g}."
+        f"At {where}: {each}; together {1000 * estimate.seconds:.0f} ms an iteration, "
+        f"{estimate.stage.batch / estimate.seconds:.1f} img/s, {estimate.memory_bytes / 2**30:.1f} GB of memory a "
+        f"process; R1 gamma {training.recipe.r1_gamma:g}.{rest}"
     )
 
 
