@@ -313,7 +313,10 @@ def check_stretches(stretches: Sequence[Stretch], world: int) -> None:
 def check_decodes_on_device(manifest: Manifest, reduce: int) -> None:
     """Raises ValueError if the images are not such that a device can decode whole batches of them."""
     if manifest.codec != "jpeg" or manifest.conform or reduce > 1:
-        raise ValueError("only JPEG images of the size that is asked for can be decoded on a GPU: leave it to the CPU")
+        raise ValueError(
+            "only JPEG images of the size that is asked for can be decoded on a GPU: prepare them at that size, too, "
+            "or leave it to the CPU"
+        )
 
 
 def checked_cache(

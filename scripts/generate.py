@@ -60,9 +60,11 @@ def main(args: Sequence[str]) -> int | None:
     seeds = parse_seeds(options.seeds)
     if options.batch < 1:
         raise ValueError("--batch is at least 1")
+    if options.truncation_cutoff is not None and options.truncation_cutoff < 0:
+        raise ValueError("--truncation-cutoff is at least 0")
     generator, about = load_generator(folder)
     generator.to(pick_device(options.device))
-    if not generator.has_w:
+    if not generator.has_w and options.truncation != 1:
         print("Note: this kind of generator has no w, so --truncation changes nothing.")
     names, seeds, ws = latents(generator, options, seeds, about["class_names"])
     options.out.mkdir(parents=True, exist_ok=True)

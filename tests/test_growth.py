@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
+from styleloom.datasets.manifest import read_manifest
+from styleloom.datasets.shards import prepare
+from styleloom.datasets.sources import open_source
 from styleloom.scripts import generate, train
 from styleloom.scripts.train import read_settings
 from styleloom.training import report, schedule
-from styleloom.training.checkpoint import complete, load, load_generator
+from styleloom.training.checkpoint import best_snapshot, complete, load, load_generator
 from styleloom.training.distributed import Team
+from styleloom.training.loop import Tick
 from styleloom.training.trainer import Training
 
-# 4 px until 0.024 kimg, fading to 8 px until 0.04, 8 px until 0.056, fading to 16 px until 0.076.
+# 4 px until 0.024 kimg, fading to 8 px until 0.036, 8 px until 0.056, fading to 16 px until 0.072.
 SCHEDULE = [
     "--growth.start=4", "--growth.stabilise-kimg=0.016", "--growth.fade-kimg=0.02", "--growth.batch", "4", "8", "8",
     "4", "--growth.lr", "16", "0.001",
@@ -160,10 +165,10 @@ def test_optimizers_begin_anew_at_each_stage(runs):
 
 
 def test_snapshots_draw_what_the_average_was(runs, call, tmp_path):
-    """At 28 images 8 px fade in, with the weight that the schedule gives."""
+    """At 28 images 8 px fade in, with the weight that the last iteration, from 24 on, had."""
     folder = runs("progressive") / "snapshots" / "nimg-000000028"
     generator, about = load_generator(folder)
-    assert (about["level"], about["alpha"], generator.size) == (1, pytest.approx(12 / 20), (8, 8))
+    assert (about["level"], about["alpha"], generator.size) == (1, pytest.approx(8 / 20), (8, 8))
     status, said, _ = call(generate.main, folder, "--seeds=0-3", "--out", tmp_path, "--format=npy")
     assert status == 0
     assert "4 images of 8x8" in said
@@ -177,10 +182,37 @@ def test_snapshots_draw_what_the_average_was(runs, call, tmp_path):
     assert not torch.equal(generator(z), whole)
 
 
-def test_scores_of_different_sizes_are_not_compared(runs):
-    names = [json.loads((path / "snapshot.json").read_text())["score_name"]
-             for path in complete(runs("progressive") / "snapshots")]  # fmt: skip
-    assert names == ["swd-24-8px", "swd-24-16px", "swd-24-16px", "swd-24-16px"]
+def test_the_best_snapshot_is_one_of_the_newests_size(runs, tmp_path):
+    snapshots = tmp_path / "snapshots"
+    shutil.copytree(runs("progressive") / "snapshots", snapshots, symlinks=True)
+    levels, scores = {}, {}
+    for path in complete(snapshots):
+        about = json.loads((path / "snapshot.json").read_text())
+        levels[path.name], scores[path.name] = about["level"], about["score"]
+    assert list(levels.values()) == [1, 1, 2, 2]
+    best = min((name for name in levels if levels[name] == 2), key=scores.__getitem__)
+    assert (snapshots / "best").resolve().name == best
+    for path in complete(snapshots):  # the smaller one has by far the lowest score now
+        about = json.loads((path / "snapshot.json").read_text())
+        about["score"] = 1e-3 if about["level"] == 1 else about["score"]
+        (path / "snapshot.json").write_text(json.dumps(about))
+    found = best_snapshot(snapshots)
+    assert found is not None
+    assert found.name == best
+    newest = complete(snapshots)[-1]
+    about = json.loads((newest / "snapshot.json").read_text()) | {"level": 3, "score": None}
+    (newest / "snapshot.json").write_text(json.dumps(about))
+    assert best_snapshot(snapshots) is None  # a size of which none is scored
+
+
+def test_a_snapshot_at_the_end_of_a_stage_shows_what_was_trained(command, tmp_path, call):
+    """At 24 images, where 4 px end: neither it nor the run's last checkpoint has begun with 8 px."""
+    its = command("progressive", tmp_path / "out", "--total-kimg=0.024", "--snapshot-kimg=0.024")
+    assert train.main(its) == 0
+    (snapshot,) = complete(tmp_path / "out" / "snapshots")
+    about = json.loads((snapshot / "snapshot.json").read_text())
+    assert (about["nimg"], about["level"], about["alpha"]) == (24, 0, 1.0)
+    assert states(tmp_path / "out", 24)["optimizer_G"] == {}
 
 
 def test_a_row_of_samples_for_each_level(runs):
@@ -211,6 +243,28 @@ def test_reals_lose_their_detail_with_the_fakes(command, settings):
     torch.testing.assert_close(x, blocks + (exact - blocks) * 0.8)
 
 
+def test_low_levels_of_a_set_of_one_size_cost_decoding_which_is_told(command, pictures, tmp_path, capsys):
+    its = command("progressive", "")[1:]
+    Training(read_settings("progressive-1024", its), Team())
+    assert "low levels decode images of 16x16" in capsys.readouterr().out
+    prepare(
+        open_source(pictures, "none"), tmp_path / "data", width=16, height=16, reduced=[(8, 8), (4, 4)], progress=False
+    )
+    training = Training(read_settings("progressive-1024", [*its, f"--data.path={tmp_path / 'data'}"]), Team())
+    assert "low levels" not in capsys.readouterr().out
+    assert [(each.manifest.width, each.reduce) for each in training.data] == [(16, 1), (8, 1), (4, 1)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_grows_on_a_gpu(kind, command, stats, tmp_path):
+    assert train.main(command(kind, tmp_path / "out")) == 0
+    assert all(np.isfinite(x) for line in stats(tmp_path / "out") for x in line.values())
+    (last,) = stats(tmp_path / "out")[-1:]
+    assert (last["px"], last["alpha"]) == (16, 1.0)
+
+
 def test_the_schedule_is_protected(runs, command, refused, tmp_path):
     out = begin_at(runs("progressive"), 40, tmp_path / "out")
     complaint = refused(train.main, *command("progressive", out, "--growth.fade-kimg=0.03"))
@@ -219,7 +273,92 @@ def test_the_schedule_is_protected(runs, command, refused, tmp_path):
 
 def test_a_start_beyond_the_data_set_is_refused(command, refused, tmp_path):
     complaint = refused(train.main, *command("progressive", tmp_path / "out", "--growth.start=32"))
-    assert "growth.start 32 is more than the data set's size, 16" in complaint
+    assert "growth.start 32 is more than the size of the images, which counts as 16" in complaint
+
+
+def test_a_size_that_there_is_not_is_refused(command, refused, tmp_path):
+    complaint = refused(train.main, *command("progressive", tmp_path / "out", "--growth.lr", "32", "0.1"))
+    assert "there is no size 32; sizes are 4 to 16" in complaint
+
+
+def test_fields_without_effect_are_told(command, capsys):
+    published = ["--growth.gpus=1", "--growth.batch", "4", "8", "--total-kimg=0.02"]
+    for more, told in (([], True), (["--batch=32", "--recipe.lr=0.001"], False)):
+        Training(read_settings("progressive-1024", [*command("progressive", "")[1:], *published, *more]), Team())
+        assert ("--batch and --recipe.lr have no effect" in capsys.readouterr().out) is told
+
+
+def test_other_sets_of_smaller_sizes_are_other_data(command, pictures, refused, tmp_path):
+    source, data = open_source(pictures, "none"), tmp_path / "data"
+    prepare(source, data, width=16, height=16, progress=False)
+    whole = read_manifest(data)
+    its = [*command("progressive", tmp_path / "out", "--total-kimg=0.016"), f"--data.path={data}"]
+    assert train.main(its) == 0
+    shutil.rmtree(data)
+    prepare(source, data, width=16, height=16, reduced=[(8, 8), (4, 4)], progress=False)
+    assert read_manifest(data).hash == whole.hash
+    assert "(with the sets of smaller sizes in it) is not the one" in refused(train.main, *its, "--total-kimg=0.032")
+
+
+INITS = [
+    ("progressive", "stylegan1", [], "is of kind progressive, this run of stylegan1"),
+    ("stylegan1", "stylegan1", ["--growth.start=16"], "to 8 px only, and this run begins at 16: give --growth.start 8"),
+    ("stylegan2", "stylegan2", ["--growth.start=0"], "has grown to 8 px only, and this run begins at 16: give"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("its", "mine", "more", "told"), INITS)
+def test_init_from_networks_that_do_not_fit_is_refused(its, mine, more, told, runs, command, refused, tmp_path):
+    snapshot = runs(its) / "snapshots" / "nimg-000000028"
+    assert told in refused(train.main, *command(mine, tmp_path / "out", f"--init={snapshot}", *more))
+
+
+def test_init_from_a_whole_snapshot_of_networks_that_grew(runs, command, refused, tensors, tmp_path, capsys):
+    """A StyleGAN2 discriminator that grows has more layers than one that does not."""
+    snapshot = complete(runs("stylegan2") / "snapshots")[-1]
+    its = command("stylegan2", tmp_path / "out", f"--init={snapshot}", "--total-kimg=0.004")
+    complaint = refused(train.main, *its, "--growth.start=0")
+    assert "is for networks that grow: give --growth.start 16" in complaint
+    training = Training(read_settings("stylegan2-256", [*its[1:], "--growth.start=16"]), Team())
+    training.begin()
+    assert (training.stage.px, "goes on from there" in capsys.readouterr().err) == (16, False)
+    mine, its_own = training.recipe.D.state_dict(), tensors(snapshot)
+    assert all(torch.equal(x, its_own[f"discriminator/{name}"]) for name, x in mine.items())
+    again = Training(read_settings("stylegan2-256", its[1:]), Team())
+    again.begin()
+    assert "begins again at 4: --growth.start 16 goes on from there" in capsys.readouterr().err
+
+
+def test_what_a_stage_held_is_let_go_of(command):
+    """Moments, gradients and optimizers of the stage before; hooks are in test_worlds.py's overlap."""
+    training = Training(read_settings("progressive-1024", command("progressive", "")[1:]), Team())
+    training.begin()
+    stream = training.stream()
+    training.step(*next(stream))
+    held = [weakref.ref(x) for u in training.updaters.values() for s in u.optimizer.state.values() for x in s.values()]
+    held += [weakref.ref(x) for x in training.recipe.optimizers.values()]
+    assert len(held) > 10
+    assert all(ref() is not None for ref in held)
+    training.nimg = 24
+    training.follow()
+    assert not [ref for ref in held if ref() is not None]
+    assert not [p for network in training.recipe.networks.values() for p in network.parameters() if p.grad is not None]
+    stream.close()
+
+
+def test_the_time_left_is_that_to_the_next_size(command):
+    training = Training(read_settings("progressive-1024", command("progressive", "")[1:]), Team())
+    training.begin()
+    tick = Tick(training)
+    tick.worked, training.nimg = 8.0, 8  # a second an image
+    assert tick.left(96) == "16s to 8 px"
+    tick.start, training.nimg = 16, 24  # the end of 4 px
+    assert tick.left(96) == "32s to 16 px"
+    tick.start, training.nimg = 48, 56
+    assert tick.left(96) == "40s"
+    assert tick.left(60) == "4s"
+    tick.start, training.nimg = 0, 8
+    assert tick.left(20) == "12s"  # it ends before there is another size
 
 
 def test_a_batch_of_a_level_has_to_divide(command, refused, tmp_path):

@@ -26,7 +26,7 @@ NARROW = {
     },
     "training/phases.py": {"training.distributed", "training.draws", "training.report"},
 }
-SEES_RUN = {"config", "schedule", "networks/__init__", "checkpoint", "loop", "trainer", "dryrun", "data"}
+SEES_RUN = {"config", "schedule", "networks/__init__", "checkpoint", "loop", "trainer", "dryrun", "data", "initialise"}
 
 
 def imports(path: Path) -> set[str]:

@@ -25,8 +25,8 @@ from styleloom.training.phases import Batch
 from styleloom.training.recipes import build
 
 CPU = torch.device("cpu")
-SMALL = {"z_dim": 8, "channel_base": 64, "channel_max": 8, "mbstd_group": 2}
-STYLE = {**SMALL, "w_dim": 8, "mapping_layers": 2}
+SMALL: dict[str, Any] = {"z_dim": 8, "channel_base": 64, "channel_max": 8, "mbstd_group": 2}
+STYLE: dict[str, Any] = {**SMALL, "w_dim": 8, "mapping_layers": 2}
 NETWORKS = {
     "progressive": ProgressiveNetwork(**SMALL),
     "stylegan1": StyleGAN1Network(**STYLE),

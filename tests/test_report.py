@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from styleloom.training.report import Report, Writer, collect, duration, image_grid, report, to_uint8
+from styleloom.training.report import Report, Writer, collect, duration, image_grid, report, strips, to_uint8
 
 
 def alone(values):
@@ -128,3 +128,20 @@ def test_a_statistic_may_come_from_two_devices():
     report("x", torch.ones(2, device="meta"))
     assert Report.state_dict()["x"].device.type == "meta"
     Report.load_state_dict({})
+
+
+def test_strips_are_brought_to_one_height_and_named(tmp_path):
+    """Small ones enlarged by whole factors, large ones reduced, whatever their shape or channels."""
+    small = np.zeros((4, 16), np.uint8)
+    small[:, ::2] = 200
+    Image.fromarray(small).save(tmp_path / "a.png")
+    large = np.full((512, 1024, 3), 77, np.uint8)
+    Image.fromarray(large).save(tmp_path / "b.png")
+    sheet = np.asarray(strips([("4 px", tmp_path / "a.png"), ("512 px", tmp_path / "b.png")], cell=128))
+    margin = 128 * 2 // 3
+    assert sheet.shape == (256, margin + 512, 3)
+    assert np.array_equal(sheet[:128, margin:, 0], small.repeat(32, axis=0).repeat(32, axis=1))
+    assert (sheet[128:, margin : margin + 256] == 77).all()
+    assert (sheet[128:, margin + 256 :] == 255).all()
+    for row in (sheet[:128], sheet[128:]):
+        assert (row[:, :margin] < 128).any()  # the name

@@ -111,7 +111,7 @@ def test_the_steps_of_an_optimizer_survive_the_change(worlds):
     assert torch.equal(steps["synthesis.b16.torgb.bias:step"], torch.tensor(4.0))
 
 
-# Growing: 4 px until 0.12 kimg, fading to 8 px until 0.204, 8 px until 0.3, fading to 16 px until 0.396.
+# Growing: 4 px until 0.12 kimg, fading to 8 px until 0.204, 8 px until 0.312, fading to 16 px until 0.408.
 
 GROWING = [
     "progressive-1024", "--network.z-dim=8", "--network.channel-base=64", "--network.mbstd-group=2",
@@ -151,7 +151,7 @@ def grown(tmp_path_factory, unlabelled, python):
     shutil.copytree(root / "zero-1", root / "zero-1-on-3")
     for folder in complete(root / "zero-1-on-3" / "checkpoints")[4:]:
         shutil.rmtree(folder)
-    runs = [spec("again-2", 2), spec("from-2-on-1", 1), spec("from-2-on-3", 3)]
+    runs = [spec("again-2", 2), spec("from-2-on-1", 1), spec("from-2-on-3", 3), spec("dry", 2, "--dry-run")]
     runs.append(spec("zero-1-on-3", 3, *short, *ZERO, "2", **fp32))
     (root / "said.txt").write_text(begin(python, root, runs))
     return root
@@ -175,6 +175,13 @@ def test_two_ranks_go_on_exactly_in_the_midst_of_a_fade(grown, assert_same_run):
     assert_same_run(
         grown / "again-2", grown / "g2", checkpoints=len(complete(grown / "g1" / "checkpoints")), snapshots=1
     )
+
+
+def test_a_dry_run_on_two_ranks(grown):
+    said = (grown / "said.txt").read_text()
+    for text in ("3 iterations of 24 images (12 on each process)", "At 4 px on cpu", "At 16 px on cpu"):
+        assert text in said
+    assert not (grown / "dry").exists()
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -384,8 +384,10 @@ def save_snapshot(
 
 
 def best_snapshot(folder: Path) -> Path | None:
-    """The snapshot with the lowest score, of the measure by which the newest scored one was; the older of equals."""
-    scored = [(*score, path) for path in complete(folder) if (score := _score(path))]
+    """The snapshot with the lowest score, of the measure by which the newest scored one was; the older of equals. Of
+    networks that grow, only those as large as the newest count."""
+    whole = complete(folder)
+    scored = [(*score, path) for path in whole if _level(path) == _level(whole[-1]) and (score := _score(path))]
     comparable = [(score, path) for name, score, path in scored if name == scored[-1][0]]
     return min(comparable, key=lambda each: each[0])[1] if comparable else None
 
@@ -396,6 +398,14 @@ def _score(path: Path) -> tuple[str, float] | None:
         about = json.loads((path / "snapshot.json").read_text())
         return about["score_name"], float(about["score"])
     except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _level(path: Path) -> int | None:
+    """How far a snapshot's networks have grown; None if it does not say."""
+    try:
+        return json.loads((path / "snapshot.json").read_text()).get("level")
+    except (OSError, ValueError):
         return None
 
 

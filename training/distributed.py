@@ -336,13 +336,20 @@ class Divided:
         groups = [{"params": part, "part": i} for i, part in enumerate(self.parts)]
         self.optimizer = type(optimizer)(groups, **optimizer.defaults)  # type: ignore[call-arg]
         self.optimizer.register_step_pre_hook(self._leave_idle)
-        self.engine, *_ = deepspeed.initialize(
+        with team.together():  # engines agree among one another
+            self.engine, *_ = self._initialize(deepspeed)
+
+    def _initialize(self, deepspeed: Any) -> Any:
+        return deepspeed.initialize(
             model=_Given(self.parameters),
             optimizer=self.optimizer,
             config={
                 "train_micro_batch_size_per_gpu": 1,  # it only counts with it
                 # It takes a buffer of the bucket's size, by default 2 GB.
-                "zero_optimization": {"stage": stage, "reduce_bucket_size": sum(p.numel() for p in self.parameters)},
+                "zero_optimization": {
+                    "stage": self.stage,
+                    "reduce_bucket_size": sum(p.numel() for p in self.parameters),
+                },
                 "gradient_clipping": 0.0,  # by default it clips to a norm of 1
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": None,

@@ -106,7 +106,7 @@ def loop(training: Training, total: int) -> int:
     ):
         tick, snapshots = Tick(training), Snapshots(training, stop.take)
         while training.nimg < total:
-            before, stage = training.nimg, training.stage
+            before = training.nimg
             team.place.at("waiting for data")
             with tick.adding_to("waited"):
                 batch = stop.take(reals)
@@ -119,9 +119,9 @@ def loop(training: Training, total: int) -> int:
             bar.update(training.nimg - before)
 
             nimg, last = training.nimg, training.nimg >= total
-            ended = last or training.stage != stage
+            ended = last or training.stage_ends()
             if ended:
-                snapshots.add_level(writer, stage)
+                snapshots.add_level(writer, last)
             if last or schedule.crossed(before, nimg, round(run.snapshot_kimg * 1000)):
                 snapshots.write(writer)
             if ended or schedule.crossed(before, nimg, round(run.tick_kimg * 1000)):
@@ -191,7 +191,7 @@ class Tick:
     """The clock of one tick, which lies within a stage: what the machine did, apart from what was learned."""
 
     def __init__(self, training: Training) -> None:
-        self.training, self.start, self.stage = training, training.nimg, training.stage
+        self.training, self.start = training, training.nimg
         peak_memory(training.team.device)  # what was before does not count
         self.waited = self.worked = 0.0
 
@@ -207,10 +207,11 @@ class Tick:
     def timing(self) -> dict[str, Any]:
         """The tick's figures for `stats.jsonl`."""
         images, seconds = self.training.nimg - self.start, self.waited + self.worked
+        stage = self.training.stage
         return {
-            "px": self.stage.px,
-            "batch": self.stage.batch,
-            "lr": self.stage.lr,
+            "px": self.training.px(stage.level),
+            "batch": stage.batch,
+            "lr": stage.lr,
             "sec_per_kimg": seconds / images * 1000,
             "images_per_s": images / seconds,
             "data_wait": self.waited / seconds,
@@ -220,9 +221,12 @@ class Tick:
 
     def left(self, total: int) -> str:
         """Time to the end if images take as long as in this tick; where they grow before, to the next size."""
-        coming = [each for each in self.training.stages(self.start) if each[1].px > self.stage.px and each[0] < total]
-        end, to = (coming[0][0], f" to {coming[0][1].px} px") if coming else (total, "")
         done = self.training.nimg
+        stages = self.training.stages(done)
+        ahead = [(nimg, stage) for nimg, stage in stages[1:] if stage.level > stages[0][1].level]
+        end, to = total, ""
+        if ahead and ahead[0][0] < total:
+            end, to = ahead[0][0], f" to {self.training.px(ahead[0][1].level)} px"
         return report.duration((end - done) * (self.waited + self.worked) / (done - self.start)) + to
 
 

@@ -134,13 +134,15 @@ class Writer:
                     self.tensorboard.add_scalar(name, value, values["nimg"])
             self.tensorboard.flush()
 
-    def picture(self, name: str, grid: Image.Image, nimg: int) -> Path:
-        """A grid into `samples/NAME.png` and TensorBoard."""
+    def picture(self, name: str, grid: Image.Image, nimg: int, shown: bool = True) -> Path:
+        """A grid into `samples/NAME.png` and, to be shown, TensorBoard."""
         path = self.samples / f"{name}.png"
         temporary = path.with_suffix(".tmp")
         with _naming(path):
             grid.save(temporary, format="PNG")
             os.replace(temporary, path)
+        if not shown:
+            return path
         with _naming(self.folder):
             self.tensorboard.add_image(name.split("-")[0], np.asarray(grid.convert("RGB")), nimg, dataformats="HWC")
             self.tensorboard.flush()

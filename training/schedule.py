@@ -28,7 +28,9 @@ def first_level(run: Run, levels: int) -> int:
     """The level that training starts with, of so many. Raises ValueError if there is no such level."""
     level = (run.growth.start or 4 << (levels - 1)).bit_length() - 3
     if level >= levels:
-        raise ValueError(f"growth.start {run.growth.start} is more than the data set's size, {4 << (levels - 1)}")
+        raise ValueError(
+            f"growth.start {run.growth.start} is more than the size of the images, which counts as {4 << (levels - 1)}"
+        )
     return level
 
 

@@ -14,7 +14,6 @@ from ..datasets.batch import Bad
 from . import checkpoint, report
 from .draws import Draws
 from .metrics import Descriptors, distance
-from .schedule import Stage
 from .trainer import Training
 
 CHUNK = 16  # images at once
@@ -57,7 +56,7 @@ class Snapshots:
         checkpoint.save_snapshot(
             folder, training.average, recipe.networks[recipe.discriminator], run, training.nimg,
             training.width, training.height, m.channels, m.class_names if run.data.labels else [],
-            score, f"swd-{n}-{training.stage.px}px" if n else "", at_stop,
+            score, f"swd-{n}" if n else "", at_stop,
         )  # fmt: skip
         checkpoint.retain_snapshots(folder, run.keep_snapshots)
         writer.picture(f"fakes-{training.nimg:09d}", sample_grid(training), training.nimg)
@@ -85,19 +84,18 @@ class Snapshots:
             return None
         return distance(self.reals[level], its, projections=128, normalise_by="reals")["swd/mean"]
 
-    def add_level(self, writer: report.Writer | None, stage: Stage) -> None:
-        """Draws what a level has come to as a row of `samples/growth.png`, under those of the levels before it. For
-        runs that grow, at the end of a level's stage without fade."""
-        training = self.training
-        if not writer or stage.fading or len(training.data) == 1:
+    def add_level(self, writer: report.Writer | None, last: bool) -> None:
+        """Draws what a level has come to as a row of `samples/growth.png`, under those of the levels before it.
+
+        For the end of a stage, of runs that grow; it does so before the next level comes, and at the run's end (last).
+        """
+        training, level = self.training, self.training.stage.level
+        following = training.stages(training.nimg)[0][1].level
+        if not writer or len(training.data) == 1 or not (last or following > level):
             return
-        generator = training.average
-        level, alpha = generator.level, generator.alpha
-        generator.grow_to(stage.level)  # to the end of that stage
         row = report.image_grid(fakes(training, "grid", range(ROW)), columns=ROW, min_side=1)
-        generator.grow_to(level, alpha)
-        writer.picture(f"growth-{stage.px:04d}", row, training.nimg)
-        sizes = [4 << each for each in range(stage.level + 1)]
+        writer.picture(f"growth-{training.px(level):04d}", row, training.nimg, shown=False)
+        sizes = [training.px(each) for each in range(level + 1)]
         rows = {px: writer.samples / f"growth-{px:04d}.png" for px in sizes}
         strips = [(f"{px} px", path) for px, path in rows.items() if path.exists()]
         writer.picture("growth", report.strips(strips), training.nimg)

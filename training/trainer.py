@@ -1,6 +1,7 @@
 """All that trains, as one object: the data set, the recipe with its networks, the average, and how far it has come."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -23,6 +24,7 @@ from .config import Run, flat, protected_differences
 from .data import Opened, cache_of, open_data
 from .distributed import Divided, Replicated, State, Team, Updater
 from .draws import Draws
+from .initialise import from_snapshot
 from .phases import Batch, Phase, own_rows, reached, run_phase
 from .saver import Saver
 from .schedule import Stage
@@ -43,6 +45,12 @@ class Training:
         largest = self.data[0]
         self.manifest = m = largest.manifest
         self.width, self.height = m.width // largest.reduce, m.height // largest.reduce
+        if team.main and self.data[-1].reduce > largest.reduce:
+            print(
+                f"Note: low levels decode images of {m.width}x{m.height}. A data set prepared at all sizes (styleloom "
+                "prepare --resize box --resolution 1024 512 256 ... 4) spares that.",
+                flush=True,
+            )
         if team.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
         else:
@@ -51,7 +59,7 @@ class Training:
                 print("Note: fp16 on a CPU is many times slower than --precision fp32.", flush=True)
         class_counts = m.class_counts if run.data.labels else []
         self.recipe = recipes.build(run, self.width, self.height, m.channels, class_counts, team.device)
-        self._check_split()
+        self._check_schedule()
         self.average = ema.average_of(self.recipe.networks[self.recipe.averaged])
         self.updaters: dict[str, Updater] = {}  # by network, of the stage's optimizers; from `begin` on
         self.resumed_from: Path | None = None  # a checkpoint
@@ -65,9 +73,24 @@ class Training:
         self.bad_new = self.bad_total = 0  # replaced here since the last sum, and by all processes
         self.skipped: dict[str, int] = {}  # steps left out in a row, by phase
 
-    def _check_split(self) -> None:
-        run, world = self.run, self.team.world
-        for batch in sorted({stage.batch for _, stage in self.stages(0)}):
+    def _check_schedule(self) -> None:
+        """Raises ValueError if the batch of a stage cannot be divided, or a size is named that there is not."""
+        run, world, growth = self.run, self.team.world, self.run.growth
+        sizes = [4 << level for level in range(self.recipe.levels)]
+        for px in (px for px, _ in (*growth.batch, *growth.lr)):
+            if px not in sizes:
+                raise ValueError(
+                    f"growth.batch and growth.lr: there is no size {px}; sizes are {sizes[0]} to {sizes[-1]}"
+                )
+        ignored = run.batch != type(run)().batch or run.recipe.lr != type(run.recipe)().lr
+        if growth.gpus and ignored and self.team.main:
+            print(
+                f"Note: growth.gpus {growth.gpus} sets batch and learning rate; --batch and --recipe.lr have no "
+                "effect, but --growth.batch and --growth.lr have.",
+                flush=True,
+            )
+        total = round(run.total_kimg * 1000)
+        for batch in sorted({stage.batch for nimg, stage in self.stages(0) if nimg < total}):
             each, rest = divmod(batch, world * run.passes)
             if rest or each % run.network.mbstd_group:
                 raise ValueError(
@@ -78,8 +101,24 @@ class Training:
 
     @property
     def stage(self) -> Stage:
-        """Of the schedule, at `nimg`."""
+        """Of the schedule: that of the last iteration, and of the next one once it `follow`s."""
         return self.recipe.stage
+
+    def px(self, level: int) -> int:
+        """Width of a level's images. (A schedule counts sizes as those of square images: 4, 8, 16, ...)"""
+        return self.recipe.G.size_at(level)[1]
+
+    def stage_ends(self) -> bool:
+        """Whether the next iteration is in another stage than the last one."""
+        return schedule.stage(self.run, self.recipe.levels, self.nimg) != self.stage
+
+    @property
+    def data_hash(self) -> str:
+        """Identifies the images that the run is trained on, at all its sizes."""
+        if len(self.data) == 1:
+            return self.manifest.hash
+        parts = [(each.manifest.hash, each.reduce) for each in self.data]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def stages(self, nimg: int) -> list[tuple[int, Stage]]:
         """(`nimg` of its first iteration, stage) of the stage at `nimg` and of all that follow."""
@@ -210,8 +249,8 @@ class Training:
         return x, nn.functional.one_hot(labels.to(device, non_blocking=True), c_dim).float()
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        """One iteration on this process's uint8 images and int labels: all phases that are due, then the average. Then
-        the networks are at the stage of the next one."""
+        """One iteration on this process's uint8 images and int labels: all phases that are due, then the average."""
+        self.follow()
         run, recipe, batch = self.run, self.recipe, self.stage.batch
         report.report("alpha", recipe.alpha)
         if self.replaced is not None:
@@ -227,7 +266,6 @@ class Training:
             give_back_freed_memory()
         self.nimg += batch
         self.team.place.nimg = self.nimg
-        self.follow()
 
     def follow(self) -> None:
         """Brings the networks to where the schedule is at `nimg`; optimizers begin anew at another stage."""
@@ -236,16 +274,21 @@ class Training:
         if stage == recipe.stage:
             recipe.fade(alpha)
         else:
+            self.team.place.at(f"going over to {self.px(stage.level)} px")
+            names = list(self.updaters)
             for updater in self.updaters.values():
                 updater.close()
+            self.updaters = {}
             recipe.enter(stage, alpha)
-            give_back_freed_memory(every=0.0)  # the blocks of another size will not be needed again
-            self.updaters = {name: self._updater(name) for name in self.updaters}
+            give_back_freed_memory(every=0.0)  # blocks of other sizes will not be needed again
+            if self.team.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.updaters = {name: self._updater(name) for name in names}
         self.average.grow_to(stage.level, alpha)
 
     def run_phase(self, phase: Phase, reals: Tensor, classes: Tensor) -> None:
         """Runs a phase; raises ValueError when its gradients have not been finite many times in a row."""
-        recipe = self.recipe
+        run, recipe = self.run, self.recipe
         passes = self.passes(phase, reals, classes)
         self.team.place.at(f"phase {phase.name}")
         stepped = run_phase(phase, recipe.networks, self.updaters[phase.trains], passes)
@@ -253,17 +296,17 @@ class Training:
         if self.skipped[phase.name] >= PATIENCE:
             raise ValueError(
                 f"the gradients of phase {phase.name} were not finite {PATIENCE} times in a row, at {self.nimg} "
-                "images: training has diverged. Begin anew (--init from a snapshot before it) with a lower recipe.lr "
-                "or a higher recipe.r1_gamma."
+                f"images: training has diverged. Begin anew (--init from a snapshot before it) with a lower "
+                f"{'growth.lr' if run.growth.gpus or run.growth.lr else 'recipe.lr'} or a higher {recipe.penalty}."
             )
 
     def states(self) -> checkpoint.States:
         """Everything that changes while training, by name. To be called by all processes."""
-        networks = self.recipe.networks
+        networks, ends = self.recipe.networks, self.stage_ends()  # then the optimizers begin anew
         return {
             **{name: network.state_dict() for name, network in networks.items()},
             f"{self.recipe.averaged}_ema": self.average.state_dict(),
-            **{f"optimizer_{name}": updater.state() for name, updater in self.updaters.items()},
+            **{f"optimizer_{name}": {} if ends else updater.state() for name, updater in self.updaters.items()},
             "recipe": self.recipe.state_dict(),
             "report": report.Report.state_dict(),
         }
@@ -288,7 +331,7 @@ class Training:
                 "nimg": self.nimg,
                 "seconds": self.seconds,
                 "processes": self.team.world,
-                "data_hash": self.manifest.hash,
+                "data_hash": self.data_hash,
             }
             folder, keep_every = Path(run.out) / "checkpoints", round(run.keep_every_kimg * 1000)
             saver.submit(
@@ -306,8 +349,9 @@ class Training:
         if found:
             optimizers = self.restore(*found)
         elif self.run.init:
-            self.initialise(Path(self.run.init))
-        starts = self.team.gather([(self.nimg, self.manifest.hash)])
+            size = (self.width, self.height, self.manifest.channels)
+            from_snapshot(self.run, self.recipe, self.average, size, self._tell)
+        starts = self.team.gather([(self.nimg, self.data_hash)])
         if len(set(starts)) > 1:
             raise ValueError(
                 "the processes do not see the same files: they begin at "
@@ -364,10 +408,11 @@ class Training:
                 f"{self.run.out} holds a run with other settings: {'; '.join(differences)}.\n"
                 "Give the same ones to go on with it, or another --out to begin a new run."
             )
-        if meta["data_hash"] != self.manifest.hash:
+        if meta["data_hash"] != self.data_hash:
+            sizes = " (with the sets of smaller sizes in it)" if len(self.data) > 1 else ""
             raise ValueError(
-                f"the data set at {self.run.data.path} is not the one that the run in {self.run.out} began with. "
-                "Give the same one to go on, or another --out to begin a new run."
+                f"the data set at {self.run.data.path}{sizes} is not the one that the run in {self.run.out} began "
+                "with. Give the same one to go on, or another --out to begin a new run."
             )
         networks = self.recipe.networks
         for name, network in networks.items():
@@ -382,25 +427,6 @@ class Training:
             if meta["processes"] != self.team.world:
                 print(f"It was written by {meta['processes']} processes; now there are {self.team.world}.", flush=True)
         return {name: states[f"optimizer_{name}"] for name in networks}
-
-    def initialise(self, path: Path) -> None:
-        """Takes the networks' weights from a snapshot. Raises ValueError if they do not fit."""
-        folder = checkpoint.find_snapshot(path)
-        about, m = checkpoint.read_snapshot(folder), self.manifest
-        mine = (self.width, self.height, m.channels, self.recipe.c_dim)
-        its = (about["width"], about["height"], about["channels"], len(about["class_names"]))
-        for what, a, b in zip(("width", "height", "channels", "classes"), its, mine, strict=True):
-            if a != b:
-                raise ValueError(
-                    f"the snapshot {folder} has {what} {a}, this run {b}: prepare the data set to match, or leave out "
-                    "--init"
-                )
-        generator = checkpoint.read_tensors(folder / "generator.safetensors")
-        checkpoint.fill(self.recipe.networks[self.recipe.averaged], generator, folder)
-        checkpoint.fill(self.average, generator, folder)
-        if (folder / "discriminator.safetensors").exists():
-            discriminator = checkpoint.read_tensors(folder / "discriminator.safetensors")
-            checkpoint.fill(self.recipe.networks[self.recipe.discriminator], discriminator, folder)
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:

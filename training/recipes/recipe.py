@@ -26,6 +26,7 @@ class Recipe:
 
     averaged = "G"
     discriminator = "D"
+    penalty = "recipe.r1_gamma"  # the field that weighs what keeps the discriminator smooth
 
     def __init__(
         self, run: Run, width: int, height: int, img_channels: int, class_counts: list[int], device: torch.device
