@@ -69,25 +69,13 @@ class MSGNetwork(StyleGAN2Network):
     """Which generator and discriminator."""
 
 
-class StyleGAN1Network(Section):
-    kind: Literal["stylegan1"] = "stylegan1"
+class StyleGAN1Network(StyleGAN2Network):
+    kind: Literal["stylegan1"] = "stylegan1"  # type: ignore[assignment]
     """Which generator and discriminator."""
-    z_dim: int = Field(default=512, ge=1)
-    """Size of the latent z."""
-    w_dim: int = Field(default=512, ge=1)
-    """Size of the intermediate latent w."""
-    mapping_layers: int = Field(default=8, ge=1)
-    """Layers of the mapping network."""
-    latent_input: bool = False
-    """Begin the synthesis with a layer on w instead of a learned constant."""
     channel_base: int = Field(default=16384, ge=4)
     """Channels times resolution, the same at every level ..."""
-    channel_max: int = Field(default=512, ge=1)
-    """... but at most this many channels."""
-    noise: bool = True
-    """Noise maps in every layer of the generator, for detail that follows no latent."""
-    mbstd_group: int = Field(default=4, ge=1)
-    """Group of the minibatch standard deviation; 1 switches it off."""
+    latent_input: bool = False
+    """Begin the synthesis with a layer on w instead of a learned constant."""
 
 
 class ProgressiveNetwork(Section):
