@@ -61,6 +61,8 @@ def main(args: Sequence[str]) -> int | None:
         team.close()
     pictures = sorted((folder / "samples").glob("fakes-*.png"))
     print(f"\nWhat it draws now:      {pictures[-1]}")
+    if grow:
+        print(f"What each size came to: {folder / 'samples' / 'growth.png'}")
     print(f"What it learned from:   {folder / 'samples' / 'reals.png'}")
     print(f"More of it:             styleloom generate {folder} --seeds 0-63 --out {out / 'images'} --grid")
     print(f"Curves and pictures:    tensorboard --logdir {folder}")

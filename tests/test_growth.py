@@ -69,6 +69,7 @@ def runs(command, tmp_path_factory):
 
     def run(kind: str) -> Path:
         if not (root / kind).exists():
+            report.Report.load_state_dict({})  # what other tests reported in this process
             assert train.main(command(kind, root / kind)) == 0
             report.Report.load_state_dict({})
         return root / kind
@@ -112,7 +113,7 @@ def test_every_kind_grows_and_tells_it(kind, runs, stats, tensors):
     assert any("b16." in name for name in moved if name.startswith("D/"))
 
 
-@pytest.mark.parametrize("nimg", [16, 24, 28, 36, 40, 56, 60, 72, 80])
+@pytest.mark.parametrize("nimg", [16, 24, 28, 36, 56, 60, 72])
 def test_it_goes_on_exactly_from_any_stage(nimg, runs, command, tmp_path, assert_same_run, capsys):
     """In the midst of a fade, at the first step of a stage with its new optimizers, and between."""
     out = begin_at(runs("progressive"), nimg, tmp_path / "out")

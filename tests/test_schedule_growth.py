@@ -129,7 +129,7 @@ def test_exceptions_go_before_tables():
 
 def test_a_start_that_is_too_large():
     assert schedule.first_level(growing(start=64), 5) == 4
-    with pytest.raises(ValueError, match=r"growth.start 128 is more than the data set's size, 64"):
+    with pytest.raises(ValueError, match=r"growth.start 128 is more than the size of the images, which counts as 64"):
         schedule.first_level(growing(start=128), 5)
 
 

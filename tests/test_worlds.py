@@ -125,7 +125,7 @@ FADING = 180  # nimg, in the midst of the first fade
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory, unlabelled, python):
-    """A folder of runs that grow: gN on N ranks, in float64; again-2 and from-2-on-N went on from the midst of g2's
+    """A folder of runs that grow: gN on N ranks, in float64; again-2 and from-2-on-3 went on from the midst of g2's
     first fade. zero-N (DeepSpeed at that stage, on 2 ranks), overlap and alone are short, in fp32."""
     root = tmp_path_factory.mktemp("grown")
 
@@ -140,10 +140,10 @@ def grown(tmp_path_factory, unlabelled, python):
         *(spec(f"g{n}", n) for n in (1, 2, 3)),
         spec("alone", 1, *short, **fp32),
         spec("overlap", 2, *short, "--parallel.overlap=on", "--parallel.bucket-mb=0.002", **fp32),
-        *(spec(f"zero-{stage}", 2, *short, *ZERO, str(stage), **fp32) for stage in (0, 1, 2)),
+        *(spec(f"zero-{stage}", 2, *short, *ZERO, str(stage), **fp32) for stage in (1, 2)),
     ]
     begin(python, root, runs)
-    for name in ("again-2", "from-2-on-1", "from-2-on-3"):
+    for name in ("again-2", "from-2-on-3"):
         shutil.copytree(root / "g2", root / name)
         for folder in complete(root / name / "checkpoints"):
             if int(folder.name[5:]) > FADING:
@@ -151,7 +151,7 @@ def grown(tmp_path_factory, unlabelled, python):
     shutil.copytree(root / "zero-1", root / "zero-1-on-3")
     for folder in complete(root / "zero-1-on-3" / "checkpoints")[4:]:
         shutil.rmtree(folder)
-    runs = [spec("again-2", 2), spec("from-2-on-1", 1), spec("from-2-on-3", 3), spec("dry", 2, "--dry-run")]
+    runs = [spec("again-2", 2), spec("from-2-on-3", 3), spec("dry", 2, "--dry-run")]
     runs.append(spec("zero-1-on-3", 3, *short, *ZERO, "2", **fp32))
     (root / "said.txt").write_text(begin(python, root, runs))
     return root
@@ -179,17 +179,16 @@ def test_two_ranks_go_on_exactly_in_the_midst_of_a_fade(grown, assert_same_run):
 
 def test_a_dry_run_on_two_ranks(grown):
     said = (grown / "said.txt").read_text()
-    for text in ("3 iterations of 24 images (12 on each process)", "At 4 px on cpu", "At 16 px on cpu"):
+    for text in ("5 iterations of 24 images (12 on each process)", "At 4 px on cpu", "At 16 px on cpu"):
         assert text in said
     assert not (grown / "dry").exists()
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_a_fade_of_two_ranks_goes_on_with_another_number(grown, ranks):
-    assert furthest(last(grown / f"from-2-on-{ranks}"), last(grown / "g2")) < 1e-7
+def test_a_fade_of_two_ranks_goes_on_with_three(grown):
+    assert furthest(last(grown / "from-2-on-3"), last(grown / "g2")) < 1e-7
 
 
-@pytest.mark.parametrize("name", ["overlap", "zero-0", "zero-1", "zero-2", "zero-1-on-3"])
+@pytest.mark.parametrize("name", ["overlap", "zero-1", "zero-2", "zero-1-on-3"])
 def test_every_strategy_grows(grown, name):
     """With new engines (or buckets) at each stage, for what is at work; also gone on with on other ranks and stages."""
     alone, other = (complete(grown / run / "checkpoints") for run in ("alone", name))
