@@ -39,6 +39,7 @@ def test_two_ranks_beside_one_and_two_apart(call, tmp_path):
     assert "All-reduced in an iteration: " in out
 
 
+@pytest.mark.slow
 def test_networks_that_grow_are_trained_at_their_full_size(call):
     arguments = ["--preset", "progressive-cpu", "--resolution", 8, "--channel-base", 64, "--batch", 8, "--rounds", 1]
     more = ["--device", "cpu", "--ranks", 2, "--workers", 0, "--json", "-"]
