@@ -20,7 +20,8 @@ from styleloom.ops.bias_act import bias_act
 from styleloom.ops.conv2d import conv2d
 from styleloom.ops.upfirdn2d import setup_filter, strided, upfirdn2d
 from styleloom.training.config import PRESETS, StyleGAN2Network
-from styleloom.training.networks.stylegan2 import CLAMP, FILTER
+from styleloom.training.networks.growing import CLAMP
+from styleloom.training.networks.stylegan2 import FILTER
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels-last": torch.channels_last}

@@ -22,7 +22,7 @@ from styleloom.datasets.tars import Rules
 from styleloom.datasets.workers import default_workers
 from styleloom.scripts import indexing
 from styleloom.scripts.cli import parse, run
-from styleloom.training.networks.stylegan2 import start_size
+from styleloom.training.networks.growing import start_size
 
 _SIZES = re.compile(r"[0-9]+(x[0-9]+)?(,[0-9]+(x[0-9]+)?)*", re.IGNORECASE)
 

@@ -10,7 +10,8 @@ import torch
 
 from styleloom.ops.upfirdn2d import upsample2d
 from styleloom.training import losses
-from styleloom.training.networks.stylegan2 import CLAMP, Discriminator, Generator, Synthesis, start_size, truncate
+from styleloom.training.networks.growing import CLAMP, start_size, truncate
+from styleloom.training.networks.stylegan2 import Discriminator, Generator, Synthesis
 
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "network_uncond.npz"))
 TOLERANCE = 1e-4  # relative to the largest value

@@ -94,7 +94,7 @@ def published(gpus: int, px: int) -> tuple[int, float]:
 
     Both rules give those tables exactly. They go on beyond them: at least 4 images a GPU, and where that makes batches
     larger than with 8 GPUs, a learning rate that grows as the square root of the batch does (Malladi et al. 2022, "On
-    the SDEs and Scaling Rules for Adaptive Gradient Algorithms", section 5). Nobody has published results of that part.
+    the SDEs and Scaling Rules for Adaptive Gradient Algorithms"). Nobody has published results of that part.
     """
     batch = max(4 * gpus, min(2048 // px, 128 * gpus))
     doublings = min(max((px * min(gpus, 8) // 512).bit_length() - 1, 0), 3)

@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from ...ops.conv2d import memory_format
 from ...ops.upfirdn2d import setup_filter, upsample2d
 from . import growing
-from .growing import CLAMP as CLAMP
 from .growing import Noise, channels
-from .growing import start_size as start_size
-from .growing import truncate as truncate
 from .layers import Conv2d, DiscriminatorHead, Linear, modulated_conv2d, normalize_2nd_moment, run_block
 
 FILTER = [1, 3, 3, 1]

@@ -50,8 +50,8 @@ class Recipe:
     def enter(self, stage: Stage, alpha: float = 1.0) -> None:
         """Goes over to a stage, with new optimizers.
 
-        Moments of the stage before would move the parameters by gradients of another loss, so they are forgotten
-        (Karras et al. 2018, appendix A.1).
+        Moments of the stage before would move the parameters by gradients of another loss, so they are forgotten, as in
+        the published trainings of Progressive GAN and StyleGAN.
         """
         self.stage = stage
         self.fade(alpha)
