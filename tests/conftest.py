@@ -48,6 +48,9 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+AUGMENTS = ["blit", "geom", "color", "filter", "noise", "cutout"]
+
+
 # How far a result may be from that of the same inputs in float64, relative to what was added up to make it: of our
 # kernels, which calculate in fp32 and round once, and of torch's ops, which round at every step.
 TOLERANCE = {
@@ -330,6 +333,7 @@ def two_ranks(tmp_path_factory, unlabelled, labelled, arguments, settings, pytho
         "gradients": settings(unlabelled, ""),
         "labelled": settings(labelled, "", "--data.labels"),
         "few": settings(unlabelled, "", "--recipe.pl-batch-shrink=4"),
+        "ada": settings(unlabelled, "", "--augment.kind=ada", "--augment.p=0.7", "--augment.pipe", *AUGMENTS),
         "buckets": settings(unlabelled, "", "--parallel.overlap=on", "--parallel.bucket-mb=0.002"),
         **{f"zero{stage}": settings(unlabelled, "", *zero, f"--parallel.zero-stage={stage}") for stage in range(3)},
         "zero1-passes": settings(unlabelled, "", *zero, "--batch=8", "--passes=2"),

@@ -22,6 +22,8 @@ from styleloom.training.config import (
     write_run,
 )
 
+RULES = ("explosion", "gap", "memorised", "collapse", "saturation")
+
 
 def changed(run, **dotted):
     """`run` with the fields (dots written as __) set, validated again."""
@@ -140,6 +142,13 @@ def test_free_fields_exist_and_may_change():
         "parallel.strategy": "deepspeed",
         "parallel.zero_stage": 2,
         "parallel.overlap": "off",
+        "metrics.names": ("kid",),
+        "metrics.inception": "there",
+        "metrics.lpips": "there",
+        "metrics.resize": "legacy",
+        "metrics.cache": "there",
+        "health.memorised_limit": 0.9,
+        **dict.fromkeys(["health.nonfinite", *(f"health.{rule}" for rule in RULES)], "roll-back"),
     }
     new = changed(old, **{name.replace(".", "__"): values.get(name, 7) for name in FREE})
     assert {name for name in flat(old) if flat(old)[name] != flat(new)[name]} == FREE

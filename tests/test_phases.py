@@ -83,6 +83,7 @@ def test_two_passes_have_the_gradients_of_one(settings, helper, request, phase, 
 KINDS = {
     "gradients": ([1], [2], 1e-9),
     "labelled": ([1], [2], 1e-9),
+    "ada": ([1], [2], 1e-9),
     "buckets": ([1], [2], 1e-9),
     "zero0": ([1], [2], 3e-4),
     "zero1": ([1], [2], 3e-4),

@@ -148,7 +148,8 @@ def test_msg_judges_reals_at_all_sizes_and_fakes_as_they_are_made():
     batch = batch_of(r, "Dmain")
     small = downsample_box(batch.images)
     torch.testing.assert_close(
-        r.judge(batch.images, batch.labels), r.D([downsample_box(small), small, batch.images], batch.labels)
+        r.judge(batch.images, batch.labels, batch.draws),
+        r.D([downsample_box(small), small, batch.images], batch.labels),
     )
     images, _, _ = r.fakes(double("Dmain"))
     assert [tuple(x.shape[2:]) for x in images] == [(4, 4), (8, 8), (16, 16)]

@@ -49,6 +49,23 @@ def test_ema_beta_with_ramp_forgets_everything_at_the_start():
     assert schedule.ema_beta(0, 32, 0.0, None) == 0.0  # a half-life of 0: no averaging
 
 
+def test_cosine_goes_from_start_to_end_and_stays():
+    assert schedule.cosine(2.0, 0.2, 0, 1000) == 2.0
+    assert schedule.cosine(2.0, 0.2, 500, 1000) == pytest.approx(1.1)
+    assert schedule.cosine(0.0, 1.0, 250, 1000) == pytest.approx((1 - 0.5**0.5) / 2)
+    assert schedule.cosine(2.0, 0.2, 1000, 1000) == schedule.cosine(2.0, 0.2, 10**9, 1000) == 0.2
+    assert schedule.cosine(2.0, 0.2, 0, 0) == 0.2
+
+
+def test_ema_beta_warms_up():
+    def half_life(nimg):
+        return schedule.ema_beta(nimg, 32, 10_000, None, warmup=20_000)
+
+    assert half_life(0) == 0.0
+    assert half_life(10_000) == pytest.approx(0.5 ** (32 / 5_000))
+    assert half_life(20_000) == half_life(10**9) == 0.5 ** (32 / 10_000)
+
+
 def test_lazy_regularisation_corrects_adam():
     assert schedule.lazy(0.002, 0.99, [1, 4]) == pytest.approx((0.0016, 0.99199), abs=5e-6)
     lr, beta2 = schedule.lazy(0.002, 0.99, [1, 16])

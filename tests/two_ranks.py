@@ -143,6 +143,7 @@ def main(results: Path, runs: Path) -> None:
         "gradients": lambda: gradients(results, "gradients", run("gradients"), team),
         "labelled": lambda: gradients(results, "labelled", run("labelled"), team),
         "few": lambda: gradients(results, "few", run("few"), team),
+        "ada": lambda: gradients(results, "ada", run("ada"), team),
         "spoilt": lambda: gradients(results, "spoilt", run("gradients"), team, spoil=True),
         "buckets": lambda: gradients(results, "buckets", run("buckets"), team),
         **{

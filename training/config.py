@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -91,7 +91,28 @@ class ProgressiveNetwork(Section):
     """Group of the minibatch standard deviation; 1 switches it off."""
 
 
-Network = Annotated[StyleGAN2Network | MSGNetwork | StyleGAN1Network | ProgressiveNetwork, Field(discriminator="kind")]
+class R3GANNetwork(Section):
+    kind: Literal["r3gan"] = "r3gan"
+    """Which generator and discriminator."""
+    z_dim: int = Field(default=64, ge=1)
+    """Size of the latent z."""
+    channel_base: int = Field(default=24576, ge=4)
+    """Channels times resolution, the same at every level ..."""
+    channel_max: int = Field(default=768, ge=1)
+    """... but at most this many channels."""
+    blocks: int = Field(default=2, ge=1)
+    """Residual blocks a level."""
+    expansion: int = Field(default=2, ge=1)
+    """The channels within a block, as a multiple of those outside it."""
+    group_width: int = Field(default=16, ge=1)
+    """Channels in a group of a block's 3x3 convolution."""
+    mbstd_group: ClassVar[int] = 1
+    """Its discriminator has no minibatch standard deviation."""
+
+
+Network = Annotated[
+    StyleGAN2Network | MSGNetwork | StyleGAN1Network | ProgressiveNetwork | R3GANNetwork, Field(discriminator="kind")
+]
 
 
 class StyleGAN2Recipe(Section):
@@ -167,7 +188,57 @@ class ProgressiveRecipe(Section):
     """With labels, weight of the auxiliary classifier's cross entropy in both networks' losses."""
 
 
-Recipe = Annotated[StyleGAN2Recipe | MSGRecipe | StyleGAN1Recipe | ProgressiveRecipe, Field(discriminator="kind")]
+class R3GANRecipe(Section):
+    kind: Literal["r3gan"] = "r3gan"
+    """Which losses, phases and optimizers."""
+    lr: float = Field(default=2e-4, gt=0)
+    """Learning rate of both networks at the start ..."""
+    lr_end: float = Field(default=5e-5, gt=0)
+    """... and after `decay_kimg`."""
+    beta2: float = Field(default=0.9, ge=0, lt=1)
+    """Adam's second-moment decay at the start (beta1 is 0) ..."""
+    beta2_end: float = Field(default=0.99, ge=0, lt=1)
+    """... and after `decay_kimg`."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+    gamma: float = Field(default=2.0, ge=0)
+    """Weight of the R1 and R2 penalties of every step at the start ..."""
+    gamma_end: float = Field(default=0.2, ge=0)
+    """... and after `decay_kimg`."""
+    decay_kimg: float = Field(default=20000.0, ge=0)
+    """Thousands of images over which these go from one value to the other, along half a cosine; 0: at their ends."""
+    w_avg_beta: float = Field(default=0.995, ge=0, lt=1)
+    """Of networks with a w, decay of its running mean, which truncation uses."""
+
+
+Recipe = Annotated[
+    StyleGAN2Recipe | MSGRecipe | StyleGAN1Recipe | ProgressiveRecipe | R3GANRecipe, Field(discriminator="kind")
+]
+
+# Which networks a recipe trains, where there are others than those of its own kind.
+TRAINS = {"r3gan": ("r3gan", "stylegan2")}
+
+
+class Augment(Section):
+    kind: Literal["none", "ada", "fixed", "diffaugment"] = "none"
+    """What the discriminator's images, real and generated, go through, so that it cannot learn few images by heart.
+    ada: each of `pipe` with a probability p that follows how sure it is of the reals; fixed: with the probability
+    `p`; diffaugment: `policy`, on every image."""
+    pipe: tuple[Literal["blit", "geom", "color", "filter", "noise", "cutout"], ...] = ("blit", "geom", "color")
+    """Of ada and fixed: flips, turns by 90 degrees and whole pixels; other geometry; colours; spectral filters; noise;
+    a square cut out."""
+    policy: tuple[Literal["color", "translation", "cutout"], ...] = ("color", "translation", "cutout")
+    """Of diffaugment."""
+    p: float = Field(default=0.0, ge=0, le=1)
+    """Probability of each transform: of ada at the start, of fixed from `warmup_kimg` on."""
+    warmup_kimg: float = Field(default=0.0, ge=0)
+    """Of fixed: thousands of images over which p rises from 0, along half a cosine."""
+    target: float = Field(default=0.6, ge=-1, le=1)
+    """Of ada: the mean sign of the reals' scores that p is to bring about."""
+    kimg: float = Field(default=500.0, gt=0)
+    """Of ada: thousands of images in which p could go from 0 to 1."""
+    interval: int = Field(default=4, ge=1)
+    """Of ada: iterations from one change of p to the next."""
 
 
 class Growth(Section):
@@ -205,6 +276,19 @@ class Ema(Section):
     """Limit the half-life to this fraction of the images shown so far."""
     decay: float | None = Field(default=None, ge=0, lt=1)
     """Instead of both: what the average keeps of itself at each step, whatever the batch."""
+    warmup_kimg: float = Field(default=0.0, ge=0)
+    """Let the half-life rise from 0 to its value over so many thousand images, along half a cosine."""
+    sigma_rel: tuple[float, ...] = (0.05, 0.1)
+    """Relative widths of averages that are kept beside it in every snapshot, and from which `styleloom average` makes
+    one of any width after the training; each takes a generator's memory. None are kept without a width."""
+
+    @model_validator(mode="after")
+    def _has_widths(self) -> "Ema":
+        # The width of a uniform average is 1 / sqrt(12) (Karras et al. 2024, "Analyzing and Improving the Training
+        # Dynamics of Diffusion Models", section 3.1): a power function has less.
+        if any(not 0 < width < 12**-0.5 for width in self.sigma_rel) or len(set(self.sigma_rel)) < len(self.sigma_rel):
+            raise ValueError(f"sigma_rel {self.sigma_rel}: widths are different ones between 0 and 0.288")
+        return self
 
 
 class Parallel(Section):
@@ -235,6 +319,68 @@ class Parallel(Section):
         return self
 
 
+class Metrics(Section):
+    names: tuple[Literal["fid", "kid", "is", "pr", "ppl"], ...] = ("fid",)
+    """What is measured while training; the first one decides which snapshot is the best."""
+    inception: str = ""
+    """The feature network: a file such as inception-2015-12-05.pt. Without it, only `score_images` has effect."""
+    lpips: str = ""
+    """The perceptual network for ppl: a file such as vgg16.pt."""
+    resize: Literal["clean", "legacy"] = "clean"
+    """How images are brought to the network's size: as clean-fid does, or as the first implementation of the FID."""
+    images: int = Field(default=50000, ge=2)
+    """Generated images by which a snapshot is measured."""
+    tick_images: int = Field(default=5000, ge=2)
+    """Generated images of a cheaper estimate in between ..."""
+    tick_kimg: float = Field(default=0.0, ge=0)
+    """... at the first tick after every so many thousand images; 0: none."""
+    cache: str = ""
+    """Folder for features of real images; by default features/ in STYLELOOM_CACHE or ~/.cache/styleloom."""
+
+    @model_validator(mode="after")
+    def _decides(self) -> "Metrics":
+        if not self.names or self.names[0] not in ("fid", "kid"):
+            raise ValueError("the first of metrics.names decides which snapshot is the best: begin with fid or kid")
+        return self
+
+
+Action = Literal["ignore", "warn", "roll-back", "stop"]
+
+
+class Health(Section):
+    nonfinite: Action = "stop"
+    """What happens when a phase's gradients are not finite `patience` times in a row; roll-back: the run goes on from
+    the last checkpoint before its trouble, with other latents."""
+    patience: int = Field(default=10, ge=1)
+    """Of that rule."""
+    explosion: Action = "warn"
+    """What happens when a network's gradient norm is more than `explosion_factor` times its median so far."""
+    explosion_factor: float = Field(default=100.0, gt=1)
+    """Of that rule."""
+    gap: Action = "warn"
+    """What happens when the reals' mean score is more than `gap_limit` above that of generated images, or as much
+    below it."""
+    gap_limit: float = Field(default=50.0, gt=0)
+    """Of that rule."""
+    memorised: Action = "warn"
+    """What happens when the mean sign of the reals' scores is above `memorised_limit`: the discriminator knows them
+    all, and the generator learns nothing from it."""
+    memorised_limit: float = Field(default=0.95, gt=0, le=1)
+    """Of that rule."""
+    collapse: Action = "warn"
+    """What happens when generated images differ from one another less than `collapse_limit` times what real ones do."""
+    collapse_limit: float = Field(default=0.1, gt=0)
+    """Of that rule."""
+    saturation: Action = "warn"
+    """What happens when the augmentation's p has come to 1, where it can follow no further."""
+    ticks: int = Field(default=3, ge=1)
+    """Ticks in a row for which a rule has to hold before something happens (not of nonfinite)."""
+    rollbacks: int = Field(default=3, ge=0)
+    """Times that a run goes back; the next time it stops."""
+    images: int = Field(default=64, ge=2)
+    """Generated images, always from the same latents, whose differences are measured at each tick."""
+
+
 class Run(Section):
     preset: str = "custom"
     """The preset that this run began as."""
@@ -242,12 +388,18 @@ class Run(Section):
     network: Network = StyleGAN2Network()
     recipe: Recipe = StyleGAN2Recipe()
     growth: Growth = Growth()
+    augment: Augment = Augment()
     ema: Ema = Ema()
+    metrics: Metrics = Metrics()
+    health: Health = Health()
     parallel: Parallel = Parallel()
     out: str = ""
     """The folder of the run; a folder that holds a run goes on from its newest checkpoint."""
     init: str = ""
-    """A snapshot (or a run's folder) whose networks this run starts from."""
+    """A snapshot (or a run's folder) whose networks this run starts from, as far as they fit: it may have another
+    resolution, or other labels."""
+    freeze_d: int = Field(default=0, ge=0)
+    """Leave so many of the discriminator's highest levels as they are (with `init`, to learn from few images)."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Everything random follows from it."""
     batch: int = Field(default=32, ge=1)
@@ -286,12 +438,21 @@ class Run(Section):
                     f"batch {batch} in {self.passes} passes does not divide into minibatch-std groups of {group}: "
                     "change batch, passes or network.mbstd_group"
                 )
-        if self.network.kind != self.recipe.kind:
+        if self.network.kind not in TRAINS.get(self.recipe.kind, (self.recipe.kind,)):
             raise ValueError(f"recipe {self.recipe.kind} does not train networks of kind {self.network.kind}")
         if self.network.kind == "msg" and self.growth.start:
             raise ValueError(
                 "msg shows the discriminator all sizes at once, so it does not grow: leave growth.start out"
             )
+        if self.recipe.kind == "r3gan" and (self.growth.start or self.growth.gpus):
+            raise ValueError("r3gan has schedules of its own and does not grow: leave growth out")
+        wasserstein = isinstance(self.recipe, ProgressiveRecipe) and self.recipe.loss == "wgan-gp"
+        if self.augment.kind != "none" and (self.network.kind == "msg" or wasserstein):
+            raise ValueError(
+                f"augment.kind {self.augment.kind} does not go with {'wgan-gp' if wasserstein else 'msg'}: leave it out"
+            )
+        if self.freeze_d and not self.init:
+            raise ValueError("freeze_d keeps what a snapshot's discriminator has learned: give one with --init")
         return self
 
 
@@ -301,6 +462,7 @@ FREE = {
     "passes", "recompute", "total_kimg", "tick_kimg", "checkpoint_kimg", "snapshot_kimg", "keep_checkpoints",
     "keep_every_kimg", "keep_snapshots", "score_images", "parallel.strategy", "parallel.zero_stage", "parallel.overlap",
     "parallel.bucket_mb", "parallel.watchdog_s", "parallel.grace_s",
+    *(f"metrics.{name}" for name in Metrics.model_fields), *(f"health.{name}" for name in Health.model_fields),
 }  # fmt: skip
 
 

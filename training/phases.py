@@ -53,6 +53,8 @@ class Phase:
     """Shape of a sample's row of each statistic."""
     after: Callable[[dict[str, Tensor]], None] | None = None
     """Takes the statistics' means over the global batch, the same on every process."""
+    reals: int = 0
+    """Which of the iteration's sets of real images it takes, where the recipe has several."""
 
 
 def own_rows(batch: int, rank: int, world: int, part: int = 0, parts: int = 1) -> range:

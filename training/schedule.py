@@ -112,7 +112,9 @@ def due(nimg: int, batch: int, interval: int) -> bool:
     return (nimg // batch) % interval == 0
 
 
-def ema_beta(nimg: int, batch: int, half_life: float, ramp: float | None, decay: float | None = None) -> float:
+def ema_beta(
+    nimg: int, batch: int, half_life: float, ramp: float | None, decay: float | None = None, warmup: float = 0.0
+) -> float:
     """Decay of the generator's average over one batch.
 
     Args:
@@ -120,15 +122,25 @@ def ema_beta(nimg: int, batch: int, half_life: float, ramp: float | None, decay:
         ramp: limits the half-life to this fraction of the images shown so far, so that the first, poor weights are
             forgotten early (Karras et al. 2020, StyleGAN2-ADA, appendix B); None: no limit.
         decay: not None: what it keeps of itself, whatever the batch.
+        warmup: images over which the half-life rises from 0, along half a cosine.
 
     Returns:
         0 to 1: what the average keeps of itself.
     """
     if decay is not None:
         return decay
+    half_life = cosine(0.0, half_life, nimg, warmup)
     if ramp is not None:
         half_life = min(half_life, nimg * ramp)
     return 0.5 ** (batch / max(half_life, 1e-8))
+
+
+def cosine(start: float, end: float, nimg: int, over: float) -> float:
+    """From `start` to `end` along half a cosine over the first `over` images (Huang et al. 2024, "The GAN is dead; long
+    live the GAN!", appendix); `end` after them."""
+    if nimg >= over:
+        return end
+    return end + (start - end) * (1 + math.cos(math.pi * nimg / over)) / 2
 
 
 def lazy(lr: float, beta2: float, intervals: list[int]) -> tuple[float, float]:

@@ -17,7 +17,7 @@ class MSG(StyleGAN2):
         ws, w = self.ws(draws, labels)
         return self.G.synthesis.pyramid(ws, draws.noise_maps(self.G.synthesis.sizes)), labels, w
 
-    def judge(self, images: Tensor, labels: Tensor) -> Tensor:
+    def judge(self, images: Tensor, labels: Tensor, draws: Draws) -> Tensor:
         """Reals are shown at all sizes, too; R1 differentiates with respect to the largest, of which the others are
         means."""
         return self.D(pyramid(images, self.levels), labels)

@@ -30,7 +30,7 @@ class Progressive(Recipe):
 
     def make_phases(self) -> list[Phase]:
         batch = self.stage.batch
-        return [Phase("Dmain", "D", self.d_main, batch), Phase("Gmain", "G", self.g_main, batch)]
+        return [self.d_phase(self.d_main), Phase("Gmain", "G", self.g_main, batch)]
 
     def fakes(self, draws: Draws, labels: Tensor) -> Tensor:
         """[n, C, h, w]"""
@@ -51,7 +51,7 @@ class Progressive(Recipe):
 
     def g_main(self, batch: Batch) -> Loss:
         labels = self.labels(batch.draws)
-        scores, classes = self.judge(self.fakes(batch.draws, labels))
+        scores, classes = self.judge(self.seen(self.fakes(batch.draws, labels), batch.draws))
         report("scores/fake", scores)
         loss = losses.wasserstein_generator(scores) if self.wasserstein else losses.logistic_generator(scores)
         report("loss/G", loss)
@@ -62,10 +62,9 @@ class Progressive(Recipe):
         with torch.no_grad():
             fakes = self.fakes(batch.draws, batch.labels)
         reals = batch.images.detach().requires_grad_(self.r1_gamma > 0)
-        fake_scores, fake_classes = self.judge(fakes)
-        real_scores, real_classes = self.judge(reals)
+        fake_scores, fake_classes = self.judge(self.seen(fakes, batch.draws))
+        real_scores, real_classes = self.judge(self.seen(reals, batch.draws))
         report("scores/real", real_scores)
-        report("signs/real", real_scores.sign())
         if self.wasserstein:
             loss = losses.wasserstein_discriminator(real_scores, fake_scores)
             penalty = self.wasserstein_penalty(batch, fakes, real_scores)
@@ -75,7 +74,7 @@ class Progressive(Recipe):
         report("loss/D", loss)
         classes = self.class_penalty("real", real_classes, batch.labels)
         classes = classes + self.class_penalty("fake", fake_classes, batch.labels)
-        return Loss(loss + penalty + classes)
+        return Loss(loss + penalty + classes, self.signs(real_scores))
 
     def wasserstein_penalty(self, batch: Batch, fakes: Tensor, real_scores: Tensor) -> Tensor:
         """Weighted gradient penalty, and drift [n]."""

@@ -1,10 +1,10 @@
-"""What StyleGAN and StyleGAN2 share: latents mapped to w and mixed, and the non-saturating logistic loss."""
+"""What StyleGAN, StyleGAN2 and R3GAN share: latents mapped to w and mixed, and the non-saturating logistic loss."""
 
 import torch
 from torch import Tensor
 
 from .. import losses
-from ..config import Run, StyleGAN1Recipe, StyleGAN2Recipe
+from ..config import R3GANRecipe, Run, StyleGAN1Recipe, StyleGAN2Recipe
 from ..draws import Draws
 from ..phases import Batch, Loss, Phase
 from ..report import report
@@ -17,8 +17,10 @@ class StyleBased(Recipe):
     def __init__(
         self, run: Run, width: int, height: int, img_channels: int, class_counts: list[int], device: torch.device
     ) -> None:
-        assert isinstance(run.recipe, StyleGAN1Recipe | StyleGAN2Recipe)
-        self.style_mixing, self.w_avg_beta = run.recipe.style_mixing, run.recipe.w_avg_beta
+        r = run.recipe
+        assert isinstance(r, StyleGAN1Recipe | StyleGAN2Recipe | R3GANRecipe)
+        self.w_avg_beta = r.w_avg_beta
+        self.style_mixing = 0.0 if isinstance(r, R3GANRecipe) else r.style_mixing
         super().__init__(run, width, height, img_channels, class_counts, device)
 
     def g_phase(self) -> Phase:
@@ -40,23 +42,23 @@ class StyleBased(Recipe):
             ws = torch.where((layer[None] < cutoff[:, None])[:, :, None], ws, second[:, None])
         return ws, w
 
-    def fakes(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        """(images [n, C, H, W], labels [n, c_dim], w [n, w_dim])."""
-        labels = self.labels(draws)
+    def fakes(self, draws: Draws, labels: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(images [n, C, H, W], labels [n, c_dim], w [n, w_dim]); `labels`: those to have, instead of drawn ones."""
+        labels = self.labels(draws) if labels is None else labels
         ws, w = self.ws(draws, labels)
         images = self.G.synthesis(ws, draws.noise_maps(self.G.synthesis.sizes))
         return images, labels, w
 
-    def judge(self, images: Tensor, labels: Tensor) -> Tensor:
+    def judge(self, images: Tensor, labels: Tensor, draws: Draws) -> Tensor:
         """Logits [n, 1] of real images."""
-        return self.D(images, labels)
+        return self.D(self.seen(images, draws), labels)
 
     # Losses.
 
     def g_main(self, batch: Batch) -> Loss:
         """Non-saturating logistic loss."""
         images, labels, w = self.fakes(batch.draws)
-        logits = self.D(images, labels)
+        logits = self.D(self.seen(images, batch.draws), labels)
         report("scores/fake", logits)
         loss = losses.logistic_generator(logits)
         report("loss/G", loss)
@@ -69,9 +71,8 @@ class StyleBased(Recipe):
         """[n]"""
         with torch.no_grad():
             fakes, fake_labels, _ = self.fakes(batch.draws)
-        fake_logits = self.D(fakes, fake_labels)
+        fake_logits = self.D(self.seen(fakes, batch.draws), fake_labels)
         report("scores/real", real_logits)
-        report("signs/real", real_logits.sign())
         loss = losses.logistic_discriminator_fake(fake_logits) + losses.logistic_discriminator_real(real_logits)
         report("loss/D", loss)
         return loss

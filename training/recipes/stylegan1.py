@@ -24,15 +24,15 @@ class StyleGAN1(StyleBased):
         return self.settings.r1_gamma
 
     def make_phases(self) -> list[Phase]:
-        return [Phase("Dmain", "D", self.d_main, self.stage.batch), self.g_phase()]
+        return [self.d_phase(self.d_main), self.g_phase()]
 
     def d_main(self, batch: Batch) -> Loss:
         """Logistic loss, with R1 on the reals."""
         images = batch.images.detach().requires_grad_(self.r1_gamma > 0)
-        real_logits = self.judge(images, batch.labels)
+        real_logits = self.judge(images, batch.labels, batch.draws)
         loss = self.d_logistic(batch, real_logits)
         if self.r1_gamma > 0:
             penalty = losses.r1_penalty(images, real_logits)
             report("loss/r1", penalty)
             loss = loss + penalty * (self.r1_gamma / 2)
-        return Loss(loss)
+        return Loss(loss, self.signs(real_logits))

@@ -41,16 +41,17 @@ class StyleGAN2(StyleBased):
                 statistics={"length": ()},
                 after=self.update_pl_mean,
             ),
-            Phase("Dmain", "D", self.d_main, batch),
+            self.d_phase(self.d_main),
             Phase("Dr1", "D", self.d_r1, batch, r.r1_interval),
         ]
         off = {"Gpl": r.pl_weight == 0, "Dr1": self.r1_gamma == 0}
         return [phase for phase in phases if not off.get(phase.name, False)]
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"pl_mean": self.pl_mean}
+        return {**super().state_dict(), "pl_mean": self.pl_mean}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        super().load_state_dict(state)
         self.pl_mean.copy_(state["pl_mean"])
 
     # The phases' losses, beside those of StyleBased.
@@ -75,11 +76,12 @@ class StyleGAN2(StyleBased):
 
     def d_main(self, batch: Batch) -> Loss:
         """Logistic loss on generated and real images."""
-        return Loss(self.d_logistic(batch, self.judge(batch.images, batch.labels)))
+        real_logits = self.judge(batch.images, batch.labels, batch.draws)
+        return Loss(self.d_logistic(batch, real_logits), self.signs(real_logits))
 
     def d_r1(self, batch: Batch) -> Loss:
         """R1 on this iteration's reals."""
         images = batch.images.detach().requires_grad_()
-        penalty = losses.r1_penalty(images, self.judge(images, batch.labels))
+        penalty = losses.r1_penalty(images, self.judge(images, batch.labels, batch.draws))
         report("loss/r1", penalty)
         return Loss(penalty * (self.r1_gamma / 2) * self.settings.r1_interval)
