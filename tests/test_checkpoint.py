@@ -297,8 +297,8 @@ def test_a_bad_part_of_the_disk_is_damage(tmp_path, states, run, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"format": None, "xxh3": None}, "it is older than styleloom-checkpoint-2"),
-        ({"format": "styleloom-checkpoint-3"}, "its format is 'styleloom-checkpoint-3', not 'styleloom-checkpoint-2'"),
+        ({"format": None, "xxh3": None}, "it is older than styleloom-checkpoint-3"),
+        ({"format": "styleloom-checkpoint-4"}, "its format is 'styleloom-checkpoint-4', not 'styleloom-checkpoint-3'"),
     ],
 )
 def test_a_checkpoint_of_another_version_is_refused(tmp_path, states, run, change, what):

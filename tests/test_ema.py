@@ -56,3 +56,15 @@ def test_the_network_is_left_alone():
     ema.update_average(average, network, beta=0.9)
     assert torch.equal(network.weight, torch.full([3], 4.0))
     assert network.weight.requires_grad
+
+
+def test_parameters_are_averaged_without_a_network_of_their_own():
+    network = Net(1.0)
+    average = ema.parameters_of(network)
+    with torch.no_grad():
+        network.weight.fill_(5.0)
+    assert list(average) == ["weight"]
+    assert torch.equal(average["weight"], torch.ones(3))
+    ema.update_parameters(average, network, 0.75)
+    assert torch.equal(average["weight"], torch.full([3], 2.0))
+    assert not average["weight"].requires_grad

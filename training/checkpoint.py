@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from . import phema
 from .config import Run, write_run
 from .networks import build
-from .networks.growing import Generator, Growing, start_size
+from .networks.growing import Discriminator, Generator, Growing, start_size
 
 States = dict[str, dict[str, Tensor]]
 
-CHECKPOINT, SNAPSHOT = "styleloom-checkpoint-2", "styleloom-snapshot-2"
+CHECKPOINT, SNAPSHOT = "styleloom-checkpoint-3", "styleloom-snapshot-2"
 WHOLE = "styleloom-snapshot-1"  # the format of before there were networks that grow
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -348,6 +349,7 @@ def save_snapshot(
     score: float | None = None,
     score_name: str = "",
     at_stop: bool = False,
+    averages: Mapping[float, dict[str, Tensor]] | None = None,
 ) -> Path:
     """Writes `folder/nimg-NNNNNNNNN`: the averaged generator, what is needed to build it, and the discriminator, from
     which `--init` can go on. Then `mark_best`.
@@ -356,6 +358,7 @@ def save_snapshot(
         width, height: of the data set's images.
         score: how good it is by the measure `score_name` (such as "swd"), lower is better; None or not finite: unknown.
         at_stop: it is made because the run is stopped, not because it is time.
+        averages: by relative width, parameters of the generator (see `phema`).
 
     Raises OSError naming the folder; nothing is left of the new one then.
     """
@@ -373,11 +376,14 @@ def save_snapshot(
         "score": score if score is not None and math.isfinite(score) else None,
         "score_name": score_name,
         "at_stop": at_stop,
+        "phema": sorted(averages or {}),
         "run": run.model_dump(mode="json"),
     }
     with whole_folder(target) as temporary:
         write_tensors(temporary / "generator.safetensors", average.state_dict())
         write_tensors(temporary / "discriminator.safetensors", discriminator.state_dict())
+        for sigma_rel, parameters in (averages or {}).items():
+            write_tensors(temporary / f"{phema.name(sigma_rel)}.safetensors", parameters)
         (temporary / "snapshot.json").write_text(json.dumps(about, indent=1) + "\n")
     mark_best(folder)
     return target
@@ -463,6 +469,7 @@ def read_snapshot(path: Path) -> dict[str, Any]:
             raise ValueError(f"its format is {about['format']!r}, not {SNAPSHOT!r}")
         if about["format"] == WHOLE:
             about |= {"level": start_size(about["width"], about["height"])[2] - 1, "alpha": 1.0}
+        about.setdefault("phema", [])
         about["run"] = Run.model_validate(about["run"])
         _require(about, "nimg", "width", "height", "channels", "class_names", "level", "alpha")
         return about
@@ -480,11 +487,35 @@ def load_generator(path: Path) -> tuple[Generator, dict[str, Any]]:
         ValueError: a part is missing, or the weights do not fit the description.
     """
     about = read_snapshot(path)
+    generator, _ = _networks(about)
+    return _loaded(generator, path / "generator.safetensors", about), about
+
+
+def load_discriminator(path: Path) -> Discriminator | None:
+    """The discriminator of a snapshot folder in eval mode on the CPU, in fp32; None if the snapshot has none.
+
+    Raises:
+        ValueError: the weights do not fit the description.
+    """
+    file = path / "discriminator.safetensors"
+    if not file.exists():
+        return None
+    about = read_snapshot(path)
+    _, discriminator = _networks(about)
+    return _loaded(discriminator, file, about)
+
+
+def _networks(about: dict[str, Any]) -> tuple[Generator, Discriminator]:
+    """What a snapshot's networks are loaded into."""
     sizes = about["width"], about["height"], about["channels"], len(about["class_names"])
-    generator, _ = build(about["run"].model_copy(update={"precision": "fp32"}), *sizes)
-    fill(generator, read_tensors(path / "generator.safetensors"), path)
-    generator.grow_to(about["level"], about["alpha"])
-    return generator.eval().requires_grad_(False), about
+    return build(about["run"].model_copy(update={"precision": "fp32", "recompute": False}), *sizes)
+
+
+def _loaded(network: Any, file: Path, about: dict[str, Any]) -> Any:
+    """The network with the weights of the file, as far grown as the snapshot."""
+    fill(network, read_tensors(file), file.parent)
+    network.grow_to(about["level"], about["alpha"])
+    return network.eval().requires_grad_(False)
 
 
 def fill(network: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..datasets.batch import Bad
 from . import checkpoint, report
 from .draws import Draws
-from .metrics import Descriptors, distance
+from .metrics.swd import Descriptors, distance
 from .trainer import Training
 
 CHUNK = 16  # images at once
@@ -56,7 +56,7 @@ class Snapshots:
         checkpoint.save_snapshot(
             folder, training.average, recipe.networks[recipe.discriminator], run, training.nimg,
             training.width, training.height, m.channels, m.class_names if run.data.labels else [],
-            score, f"swd-{n}" if n else "", at_stop,
+            score, f"swd-{n}" if n else "", at_stop, training.averages,
         )  # fmt: skip
         checkpoint.retain_snapshots(folder, run.keep_snapshots)
         writer.picture(f"fakes-{training.nimg:09d}", sample_grid(training), training.nimg)

@@ -18,18 +18,19 @@ from ..datasets.batch import Bad, told
 from ..datasets.stream import Stretch, batches, check_share
 from ..datasets.workers import default_workers
 from ..ops.memory import give_back_freed_memory, keep_freed_memory
-from . import checkpoint, ema, recipes, report, schedule
+from . import checkpoint, ema, phema, recipes, report, schedule
 from .agreement import check_agreement, check_replicas, code_version
 from .config import Run, flat, protected_differences
 from .data import Opened, cache_of, open_data
 from .distributed import Divided, Replicated, State, Team, Updater
-from .draws import Draws
+from .draws import Draws, sample_seed
 from .initialise import from_snapshot
 from .phases import Batch, Phase, own_rows, reached, run_phase
 from .saver import Saver
 from .schedule import Stage
 
 TOLD = 20  # replaced samples that are told of on stderr; all are written down
+ROLLBACKS = "rollbacks.jsonl"  # in a run's folder: a line for each time that it has gone back
 T = TypeVar("T")
 
 PATIENCE = 10  # runs of a phase in a row with non-finite gradients, after which training stops
@@ -61,9 +62,12 @@ class Training:
         self.recipe = recipes.build(run, self.width, self.height, m.channels, class_counts, team.device)
         self._check_schedule()
         self.average = ema.average_of(self.recipe.networks[self.recipe.averaged])
+        # By relative width: power-function averages of the parameters.
+        self.averages = {sigma_rel: ema.parameters_of(self.average) for sigma_rel in run.ema.sigma_rel}
         self.updaters: dict[str, Updater] = {}  # by network, of the stage's optimizers; from `begin` on
         self.resumed_from: Path | None = None  # a checkpoint
         self.nimg = 0
+        self.rollbacks = 0  # how often the run has gone back to a checkpoint, to go on with other draws
         self.seconds = 0.0  # of training, over all tries
         self.bad_log: Path | None = None  # where replaced samples are written down
         self.bad_seen: set[tuple[str, int]] = set()
@@ -113,6 +117,11 @@ class Training:
         return schedule.stage(self.run, self.recipe.levels, self.nimg) != self.stage
 
     @property
+    def draw_seed(self) -> int:
+        """Of everything that is drawn for training, other than the order of the images."""
+        return sample_seed(self.run.seed, "rollback", self.rollbacks) if self.rollbacks else self.run.seed
+
+    @property
     def data_hash(self) -> str:
         """Identifies the images that the run is trained on, at all its sizes."""
         if len(self.data) == 1:
@@ -130,14 +139,15 @@ class Training:
 
     def stream(self) -> Generator[tuple[Tensor, Tensor], None, None]:
         """This process's share of the batches from `nimg` on. Tells the report, and people, of replaced samples."""
-        team, bad = self.team, []
+        team, bad, sets = self.team, [], self.recipe.reals
         self.streamed_from = self.nimg
         its = self.batches(
             self.stage.level,
-            start=self.nimg,
-            batch=self.stage.batch,
+            start=self.nimg * sets,
+            batch=self.stage.batch * sets,
             then=[
-                Stretch(start, stage.batch, *self.opened(stage.level)) for start, stage in self.stages(self.nimg)[1:]
+                Stretch(start * sets, stage.batch * sets, *self.opened(stage.level))
+                for start, stage in self.stages(self.nimg)[1:]
             ],
             rank=team.rank,
             world=team.world,
@@ -187,7 +197,8 @@ class Training:
         self.bad_new, self.bad_total = 0, self.bad_total + round(bad)
         if bad:
             last = next(each for each in self.team.gather([self.bad_last]) if each is not None)
-            check_share(self.bad_total, self.nimg - self.streamed_from, self.run.data.max_bad, last)
+            shown = (self.nimg - self.streamed_from) * self.recipe.reals
+            check_share(self.bad_total, shown, self.run.data.max_bad, last)
         return signals > 0
 
     def saved(self, saver: Saver) -> None:
@@ -228,13 +239,15 @@ class Training:
         return wanted if wanted >= 0 else min(max(default_workers() // self.team.local_world - 1, 1), 8)
 
     def passes(self, phase: Phase, images: Tensor, labels: Tensor) -> list[Batch]:
-        """This process's rows of a phase, split into passes; `images` and `labels` are its rows of the iteration."""
+        """This process's rows of a phase, split into passes; `images` and `labels` are its rows of the iteration, one
+        set of them after the other."""
         world, parts = self.team.world, self.run.passes
+        images, labels = (x.chunk(self.recipe.reals)[phase.reals] for x in (images, labels))
         out = []
         for part in range(parts):
             rows = own_rows(phase.batch, self.team.rank, world, part, parts)
             mine = slice(part, part + len(rows) * parts, parts)
-            draws = Draws(self.run.seed, phase.name, [self.nimg + row for row in rows], self.team.device)
+            draws = Draws(self.draw_seed, phase.name, [self.nimg + row for row in rows], self.team.device)
             out.append(Batch(images[mine], labels[mine], draws))
         return out
 
@@ -260,8 +273,11 @@ class Training:
             if schedule.due(self.nimg, batch, phase.interval):
                 self.run_phase(phase, reals, classes)
         ramp = None if run.init else run.ema.ramp  # a snapshot's weights are not to be forgotten early
-        beta = schedule.ema_beta(self.nimg, batch, run.ema.half_life_kimg * 1000, ramp, run.ema.decay)
-        ema.update_average(self.average, recipe.networks[recipe.averaged], beta)
+        e, network = run.ema, recipe.networks[recipe.averaged]
+        beta = schedule.ema_beta(self.nimg, batch, e.half_life_kimg * 1000, ramp, e.decay, e.warmup_kimg * 1000)
+        ema.update_average(self.average, network, beta)
+        for sigma_rel, average in self.averages.items():
+            ema.update_parameters(average, network, phema.beta(sigma_rel, self.nimg + batch, batch))
         if self.team.device.type == "cpu":
             give_back_freed_memory()
         self.nimg += batch
@@ -285,6 +301,7 @@ class Training:
                 torch.cuda.empty_cache()
             self.updaters = {name: self._updater(name) for name in names}
         self.average.grow_to(stage.level, alpha)
+        recipe.at(self.nimg)
 
     def run_phase(self, phase: Phase, reals: Tensor, classes: Tensor) -> None:
         """Runs a phase; raises ValueError when its gradients have not been finite many times in a row."""
@@ -306,6 +323,7 @@ class Training:
         return {
             **{name: network.state_dict() for name, network in networks.items()},
             f"{self.recipe.averaged}_ema": self.average.state_dict(),
+            **{f"{self.recipe.averaged}_{phema.name(width)}": x for width, x in self.averages.items()},
             **{f"optimizer_{name}": {} if ends else updater.state() for name, updater in self.updaters.items()},
             "recipe": self.recipe.state_dict(),
             "report": report.Report.state_dict(),
@@ -315,7 +333,9 @@ class Training:
         """Raises ValueError if networks and average are not the same, bit by bit, on all processes."""
         self.team.place.at("comparing the networks")
         networks = {**self.recipe.networks, "average": self.average}
-        tensors = {f"{a}.{b}": x for a, network in networks.items() for b, x in network.state_dict().items()}
+        states = {name: network.state_dict() for name, network in networks.items()}
+        states |= {phema.name(width): average for width, average in self.averages.items()}
+        tensors = {f"{a}.{b}": x for a, state in states.items() for b, x in state.items()}
         if self.team.world > 1:
             check_replicas(self.team.rank, self.team.gather, tensors, self.nimg)
 
@@ -346,16 +366,17 @@ class Training:
         """
         found = checkpoint.newest_good(Path(self.run.out) / "checkpoints", self._tell) if self.run.out else None
         optimizers: dict[str, State] = {}
+        self.rollbacks = lines_in(Path(self.run.out) / ROLLBACKS) if found else 0
         if found:
             optimizers = self.restore(*found)
         elif self.run.init:
             size = (self.width, self.height, self.manifest.channels)
             from_snapshot(self.run, self.recipe, self.average, size, self._tell)
-        starts = self.team.gather([(self.nimg, self.data_hash)])
+        starts = self.team.gather([(self.nimg, self.rollbacks, self.data_hash)])
         if len(set(starts)) > 1:
             raise ValueError(
                 "the processes do not see the same files: they begin at "
-                f"{sorted({nimg for nimg, _ in starts})} images. "
+                f"{sorted({nimg for nimg, *_ in starts})} images. "
                 "--out and --data.path have to be folders that all nodes share."
             )
         if self.run.parallel.strategy == "deepspeed" and self.team.world == 1:
@@ -418,6 +439,9 @@ class Training:
         for name, network in networks.items():
             checkpoint.fill(network, states[name], folder)
         checkpoint.fill(self.average, states[f"{self.recipe.averaged}_ema"], folder)
+        for width, average in self.averages.items():
+            stored = states[f"{self.recipe.averaged}_{phema.name(width)}"]
+            torch._foreach_copy_(list(average.values()), [stored[name] for name in average])
         self.recipe.load_state_dict(states["recipe"])
         report.Report.load_state_dict(states["report"] if self.team.main else {})
         self.nimg, self.seconds, self.resumed_from = meta["nimg"], meta["seconds"], folder
@@ -427,6 +451,11 @@ class Training:
             if meta["processes"] != self.team.world:
                 print(f"It was written by {meta['processes']} processes; now there are {self.team.world}.", flush=True)
         return {name: states[f"optimizer_{name}"] for name in networks}
+
+
+def lines_in(path: Path) -> int:
+    """Whole lines of a file that need not be there."""
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
