@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from styleloom.training import losses
 from styleloom.training.networks import msg, progressive, stylegan1, stylegan2
 from styleloom.training.networks.growing import (
     Growing,
     downsample_box,
     fade_reals,
+    level_of,
     pyramid,
     start_size,
     truncate,
@@ -268,6 +270,91 @@ def test_features_fade_linearly(kind):
     for alpha in (0.2, 0.5, 0.9):
         expected = (1 - alpha) * features[0.0] + alpha * features[1.0]
         torch.testing.assert_close(features[alpha], expected, rtol=1e-12, atol=1e-12)
+
+
+# Levels that are frozen.
+
+
+@pytest.mark.parametrize(
+    ("name", "level"),
+    [("b4.conv.weight", 0), ("synthesis.b8.torgb.bias", 1), ("b1024.fromrgb.weight", 8), ("mapping.fc0.weight", None)],
+)
+def test_the_level_in_a_name(name, level):
+    assert level_of(name) == level
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_levels_get_no_gradients_and_are_not_active(kind):
+    _, D = networks(kind, c_dim=2)
+    assert D.frozen == 0
+    every, active = [name for name, _ in D.named_parameters()], [name for name, _ in D.active()]
+
+    def learning():
+        return [name for name, p in D.named_parameters() if p.requires_grad]
+
+    D.frozen = 1
+    assert learning() == [name for name in every if not name.startswith("b16.")]
+    D.frozen = 2
+    rest = [name for name in every if not name.startswith(("b16.", "b8."))]
+    assert learning() == rest == [name for name in every if not D.is_frozen(name)]
+    for on in (True, False, True):
+        assert D.requires_grad_(on) is D
+        assert learning() == (rest if on else [])
+    assert [name for name, _ in D.active()] == [name for name in active if name in rest]
+    assert copy.deepcopy(D).requires_grad_().frozen == 2
+    assert list(D.state_dict()) == list(networks(kind, c_dim=2)[1].state_dict())
+
+
+@pytest.mark.parametrize("kind", GROWING)
+def test_frozen_levels_are_counted_from_the_top_of_the_whole_network(kind):
+    _, D = networks(kind)
+    D.frozen = 1
+    for level in (0, 1):
+        D.grow_to(level)
+        assert all(p.requires_grad for _, p in D.active())
+        _, other = networks(kind)
+        other.grow_to(level)
+        assert [name for name, _ in D.active()] == [name for name, _ in other.active()]
+    D.grow_to(2, 0.5)
+    assert {name for name, _ in D.active() if name.startswith("b16.")} == set()
+    assert ("b8.fromrgb.weight" in dict(D.active())) == (kind != "stylegan2" or D.grows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("count", [-1, 3, 9])
+def test_as_many_levels_as_there_are_cannot_be_frozen(kind, count):
+    _, D = networks(kind)
+    D.frozen = 2
+    with pytest.raises(ValueError, match=f"cannot freeze {count} levels: this Discriminator has 3, .* is at most 2"):
+        D.frozen = count
+    assert D.frozen == 2
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_levels_stay_and_others_learn(ops_path, kind, recompute):
+    """Over steps with R1, whose second derivative goes through the frozen levels; others learn as without them."""
+    _, D = networks(kind, recompute=recompute)
+    _, whole = networks(kind, recompute=recompute)
+    D.frozen = 2
+    before = copy.deepcopy(D.state_dict())
+    idle = {name for name, _ in D.named_parameters()} - {name for name, _ in whole.active()}  # layers for other sizes
+    found = []
+    for network in (D, whole):
+        network.requires_grad_(True)
+        optimizer = torch.optim.Adam([p for _, p in network.active()], lr=0.01, betas=(0.0, 0.99))
+        for seed in range(3):
+            optimizer.zero_grad()
+            images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+            logits = scores(kind, network, images, None)
+            loss = (F.softplus(-logits).flatten() + losses.r1_penalty(images, logits)).sum()
+            loss.backward(inputs=[p for _, p in network.active()])
+            if seed == 0:
+                found.append({name: p.grad for name, p in network.active()})
+            optimizer.step()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    for name, p in D.named_parameters():
+        assert torch.equal(p, before[name]) == (name.startswith(("b16.", "b8.")) or name in idle), name
 
 
 # What every kind has to do, grown or not.

@@ -8,7 +8,7 @@ sides of a rectangular image start from another size than 4x4. In a level, `torg
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ Noise = str | Sequence[Tensor]  # "const", "none", or one [N, 1, H, W] a layer
 
 CLAMP = 256.0  # of activations in low-precision levels: fp16 must not overflow
 
-# Level and, if any, layer between features and image that a parameter's name speaks of.
-_PLACE = re.compile(r"(?:^|\.)b(\d+)\.(torgb\.|fromrgb\.)?")
+_LEVEL = re.compile(r"(?:^|\.)b(\d+)\.")  # in a parameter's name
+_IMAGE = re.compile(r"\.(torgb|fromrgb)\.")  # a layer between features and image
 
 
 def start_size(width: int, height: int) -> tuple[int, int, int]:
@@ -52,6 +52,12 @@ def low_levels(levels: int, dtype: torch.dtype | None, top: int) -> list[torch.d
     """The low-precision dtype of each level, lowest level first: the `top` highest ones, never the start."""
     low = min(top, levels - 1) if dtype else 0
     return [None] * (levels - low) + [dtype] * low
+
+
+def level_of(name: str) -> int | None:
+    """The level that a parameter or buffer of this name belongs to; None: to none, as the mapping's."""
+    place = _LEVEL.search(name)
+    return int(place[1]).bit_length() - 3 if place else None  # b4 is level 0, b8 is level 1, ...
 
 
 def upsample_nearest(x: Tensor) -> Tensor:
@@ -99,6 +105,7 @@ class Growing(nn.Module):
         levels: how many there are.
         level: the highest at work, 0 is the start; at first all are.
         alpha: weight of the newest level, 1 unless it is fading in.
+        frozen: how many of its highest levels do not learn.
         grows: whether it works below its highest level.
         sums_images: whether the images of all levels make the result, not those of the newest alone.
 
@@ -113,6 +120,7 @@ class Growing(nn.Module):
         h, w, self.levels = start_size(width, height)
         self.start = (h, w)
         self.level, self.alpha = self.levels - 1, 1.0
+        self._frozen = 0
 
     def grow_to(self, level: int, alpha: float = 1.0) -> None:
         """Makes `level` the highest at work, with the weight `alpha` against what is below it.
@@ -146,16 +154,50 @@ class Growing(nn.Module):
         """Levels whose image is blended: the newest one, and the one below while that fades in."""
         return range(self.level - (self.alpha < 1), self.level + 1)
 
+    @property
+    def frozen(self) -> int:
+        """How many of its highest levels, with their layers between features and image, stay as they are: no gradients,
+        and not `active` (of a discriminator: Mo et al. 2020, "Freeze the Discriminator"). They are counted
+        from the top of the whole network, however far it has grown. At first none is; the lowest, which has the
+        discriminator's head, never is.
+
+        Setting it raises ValueError if there are not so many.
+        """
+        return self._frozen
+
+    @frozen.setter
+    def frozen(self, count: int) -> None:
+        if not 0 <= count < self.levels:
+            raise ValueError(
+                f"cannot freeze {count} levels: this {type(self).__name__} has {self.levels}, of which the lowest has "
+                f"to learn; freeze_d is at most {self.levels - 1}"
+            )
+        self._frozen = count
+        for name, p in self.named_parameters():
+            if self.is_frozen(name):
+                p.requires_grad_(False)
+
+    def is_frozen(self, name: str) -> bool:
+        """Whether a parameter of this name stays as it is."""
+        level = level_of(name)
+        return level is not None and level >= self.levels - self.frozen
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As any module's, but frozen parameters never get gradients."""
+        for name, p in self.named_parameters():
+            p.requires_grad_(requires_grad and not self.is_frozen(name))
+        return self
+
     def active(self) -> list[tuple[str, nn.Parameter]]:
-        """Names and parameters, in the order of `named_parameters`, that can influence the output at this level."""
-        return [(name, p) for name, p in self.named_parameters() if self._at_work(name)]
+        """Names and parameters, in the order of `named_parameters`, that can influence the output at this level and are
+        not frozen."""
+        return [(name, p) for name, p in self.named_parameters() if self._at_work(name) and not self.is_frozen(name)]
 
     def _at_work(self, name: str) -> bool:
-        place = _PLACE.search(name)
-        if place is None:  # the mapping
+        level = level_of(name)
+        if level is None:
             return True
-        level = int(place[1]).bit_length() - 3  # b4 is level 0, b8 is level 1, ...
-        if place[2] and not self.sums_images:
+        if _IMAGE.search(name) and not self.sums_images:
             return level in self.image_levels
         return level <= self.level
 
