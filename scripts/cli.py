@@ -19,6 +19,11 @@ COMMANDS = {
     "inspect": "show, verify or draw a prepared data set",
     "train": "train from a preset, or continue a run",
     "generate": "draw images from a snapshot",
+    "mix": "draw a style-mixing table: images with the styles of others in some layers",
+    "interpolate": "film the way from one image to the next",
+    "project": "find the latents whose image is most like a picture",
+    "average": "averages of other widths from those in a run's snapshots",
+    "evaluate": "measure a snapshot: FID, KID, Inception Score, precision and recall, path length",
     "bench": "time the ops, training phases or reading data, against what this machine can do",
     "doctor": "show what this machine has, each op's path and why",
 }
@@ -30,7 +35,7 @@ def main() -> None:
     if not args or args[0] in ("-h", "--help"):
         print("usage: styleloom COMMAND [ARGUMENTS]     (styleloom COMMAND --help tells more)\n")
         for name, what in COMMANDS.items():
-            print(f"  {name:<10} {what}")
+            print(f"  {name:<12} {what}")
         sys.exit(0 if args else 2)
     if args[0] not in COMMANDS:
         print(f"styleloom: no command {args[0]!r}. There are: {', '.join(COMMANDS)}.", file=sys.stderr)
@@ -67,7 +72,7 @@ def run(command: Callable[[Sequence[str]], int | None], name: str, args: Sequenc
             raise
         print(
             f"styleloom {name}: out of memory ({str(error).splitlines()[0]})\n"
-            "More --passes or a smaller --batch (of `train`, or of `generate`) need less.",
+            "More --passes or a smaller --batch (of `train`), or a smaller --batch (of the others) need less.",
             file=sys.stderr,
         )
         status = 1
@@ -81,7 +86,7 @@ def explain(error: Exception) -> str:
         return "; ".join(faults)
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
-        advice = " (free some space and run the same command again: it continues)" if error.errno == 28 else ""
+        advice = " (free some space and run the same command again)" if error.errno == 28 else ""
         return f"{error.strerror}{where}{advice}"
     return str(error)
 

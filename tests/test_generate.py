@@ -1,5 +1,7 @@
 """scripts/generate.py: the images are the network's own, whatever they are asked as; bad input ends in a line."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,10 @@ from PIL import Image
 from styleloom.scripts import generate
 from styleloom.scripts.generate import parse_seeds
 from styleloom.training.checkpoint import load_generator, save_snapshot
+from styleloom.training.config import ProgressiveNetwork, ProgressiveRecipe, Run
 from styleloom.training.draws import Draws
 from styleloom.training.networks import build
+from styleloom.training.networks.growing import Noise
 from styleloom.training.report import to_uint8
 
 
@@ -20,7 +24,8 @@ def make(folder, run, channels: int, classes: list[str]):
     for network in networks:
         for parameter in network.parameters():
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    networks[0].mapping.w_avg += torch.randn(8, generator=generator)
+    if networks[0].has_w:
+        networks[0].mapping.w_avg += torch.randn(8, generator=generator)
     return save_snapshot(folder / "snapshots", *networks, run, 7000, 16, 16, channels, classes)
 
 
@@ -56,7 +61,7 @@ def draw(call, tmp_path):
     return draw
 
 
-def own(snapshot, z, psi=0.7, noise="const", c=None):
+def own(snapshot, z, psi=0.7, noise: Noise = "const", c=None):
     """What the network itself makes of z."""
     generator, _ = load_generator(next((snapshot / "snapshots").iterdir()))
     with torch.no_grad():
@@ -144,6 +149,108 @@ def test_classes(conditional, draw):
     for k in range(3):
         assert np.abs(draw(conditional, "--seeds=4", f"--class={k}").astype(int) - each[k]).max() <= 1
     assert np.abs(draw(conditional, "--seeds=4").astype(int) - each[4 % 3]).max() <= 1  # seed modulo classes
+
+
+def test_a_sweep_of_truncations(folder, draw, tmp_path):
+    draw(folder, "--seeds=3,5", "--truncation=0,0.5,1", "--grid", "--batch=4")
+    names = [f"seed{seed:04d}-psi{psi}.png" for seed in (3, 5) for psi in ("0", "0.5", "1")]
+    assert sorted(x.name for x in (tmp_path / "images").iterdir()) == sorted(["grid.png", *names])
+    sheet = np.asarray(Image.open(tmp_path / "images" / "grid.png"))
+    for i, seed in enumerate((3, 5)):
+        for j, psi in enumerate((0, 0.5, 1)):
+            shown = np.asarray(Image.open(tmp_path / "images" / names[3 * i + j])).transpose(2, 0, 1)
+            assert np.abs(shown.astype(int) - own(folder, z_of([seed]), psi)[0]).max() <= 1
+            assert np.array_equal(cell(sheet, i, j, 2, 3), shown)
+
+
+def cell(sheet, i: int, j: int, rows: int, columns: int):
+    """Of a table of images of 16 px, enlarged to 96: uint8 [3, 16, 16]."""
+    top, left = sheet.shape[0] - 96 * rows, sheet.shape[1] - 96 * columns
+    assert (sheet[:top].min(), sheet[:, :left].min()) < (128, 128)  # names
+    return sheet[top + 96 * i :, left + 96 * j :][:96:6, :96:6].transpose(2, 0, 1)
+
+
+def test_a_sweep_into_one_array(folder, draw):
+    images = draw(folder, "--seeds=3,5", "--truncation=0.5,1", "--format=npy")
+    for k, (seed, psi) in enumerate([(3, 0.5), (3, 1), (5, 0.5), (5, 1)]):
+        assert np.abs(images[k].astype(int) - own(folder, z_of([seed]), psi)[0]).max() <= 1
+
+
+@pytest.mark.parametrize("text", ["", "0.5,", "nan", "0,inf", "0;1"])
+def test_bad_truncations_are_refused(folder, refused, tmp_path, text):
+    complaint = refused(generate.main, folder, "--out", tmp_path / "out", f"--truncation={text}")
+    assert f"--truncation {text!r}: give a number such as 0.7" in complaint
+
+
+@pytest.mark.parametrize(("option", "numbers"), [("all", [0, 1, 2]), ("2,0", [2, 0]), ("1-2", [1, 2])])
+def test_several_classes(conditional, draw, tmp_path, option, numbers):
+    images = draw(conditional, "--seeds=4,5", f"--class={option}", "--grid")
+    names = [f"seed{seed:04d}-class{k:02d}.png" for seed in (4, 5) for k in sorted(numbers)]
+    assert sorted(x.name for x in (tmp_path / "images").iterdir()) == ["grid.png", *names]
+    sheet = np.asarray(Image.open(tmp_path / "images" / "grid.png"))
+    for i, seed in enumerate((4, 5)):
+        for j, k in enumerate(numbers):
+            expected = own(conditional, z_of([seed]), c=torch.eye(3)[[k]])[0]
+            assert np.abs(images[names.index(f"seed{seed:04d}-class{k:02d}.png")].astype(int) - expected).max() <= 1
+            assert np.abs(cell(sheet, i, j, 2, len(numbers)).astype(int) - expected).max() <= 1
+
+
+def test_classes_and_truncations(conditional, draw, tmp_path):
+    draw(conditional, "--seeds=4", "--class=all", "--truncation=0.5,1", "--grid")
+    assert (tmp_path / "images" / "seed0004-class02-psi0.5.png").exists()
+    sheet = np.asarray(Image.open(tmp_path / "images" / "grid.png"))
+    expected = own(conditional, z_of([4]), 1, c=torch.eye(3)[[2]])[0]
+    assert np.abs(cell(sheet, 2, 1, 3, 2).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("text", ["0,3", "all", "cat"])
+def test_classes_that_are_not_there(conditional, folder, refused, tmp_path, text):
+    complaint = refused(generate.main, folder, "--out", tmp_path / "out", f"--class={text}")
+    assert "give numbers and ranges" in complaint if text == "cat" else "this generator has no classes" in complaint
+    if text != "all":
+        complaint = refused(generate.main, conditional, "--out", tmp_path / "out", f"--class={text}")
+        assert "classes 0 to 2" in complaint or text == "cat"
+
+
+def test_noise_maps(folder, draw, refused, tmp_path):
+    generator, _ = load_generator(folder / "snapshots" / "nimg-000007000")
+    z = z_of([0, 1, 2])
+    maps = Draws(1, "", [0, 1, 2]).noise_maps(generator.synthesis.sizes)
+    arrays: dict[str, Any] = {f"layer{i:02d}": x.numpy() for i, x in enumerate(maps)}
+    np.savez(tmp_path / "noise.npz", **arrays)
+    np.save(tmp_path / "z.npy", z.numpy())
+    options = ["--latents", tmp_path / "z.npy", "--noise-maps", tmp_path / "noise.npz"]
+    images = draw(folder, *options, "--batch=4", "--truncation=0.5,1", "--format=npy")
+    for k, psi in enumerate((0.5, 1)):
+        assert np.abs(images[k::2].astype(int) - own(folder, z, psi, noise=maps)).max() <= 1
+    np.savez(tmp_path / "noise.npz", **{name: x[:2] for name, x in arrays.items()})
+    complaint = refused(generate.main, folder, "--out", tmp_path / "out", *options)
+    assert f"does not hold {len(maps)} noise maps for 3 images" in complaint
+    (tmp_path / "noise.npz").write_bytes(b"PK")
+    assert "cannot read the noise maps" in refused(generate.main, folder, "--out", tmp_path / "out", *options)
+
+
+def test_an_archive_is_no_latents(folder, refused, tmp_path):
+    np.savez(tmp_path / "latents.npz", z=np.zeros([1, 8], np.float32))
+    complaint = refused(generate.main, folder, "--out", tmp_path / "out", "--latents", tmp_path / "latents.npz")
+    assert "is an archive of arrays" in complaint
+
+
+@pytest.fixture(scope="module")
+def without_w(tmp_path_factory):
+    """A run's folder with a snapshot of a network that has no w."""
+    folder = tmp_path_factory.mktemp("generate") / "progressive"
+    run = Run(network=ProgressiveNetwork(z_dim=8, channel_base=64), recipe=ProgressiveRecipe())
+    make(folder, run, 3, [])
+    return folder
+
+
+def test_truncation_without_w(without_w, call, refused, tmp_path):
+    status, said, _ = call(generate.main, without_w, "--out", tmp_path / "out", "--seeds=0", "--truncation=0.5")
+    assert status == 0
+    assert "--truncation changes nothing" in said
+    complaint = refused(generate.main, without_w, "--out", tmp_path / "out", "--truncation=0.5,1")
+    assert "has no w, so all --truncation are the same" in complaint
 
 
 @pytest.mark.parametrize("number", [3, -1])
