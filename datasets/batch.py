@@ -60,6 +60,13 @@ class View:
         """(H, W, C) of an image."""
         return self.height, self.width, self.channels
 
+    def decode_into(self, out: np.ndarray, data: bytes) -> None:
+        """Brings one stored image into `out`, uint8 of the `shape`. Raises ValueError if it cannot."""
+        if self.form:
+            out[:] = conform(data, self.form)
+        else:
+            decode_into(out, data, self.codec)
+
 
 def make_view(
     manifest: Manifest,
@@ -183,10 +190,7 @@ class Assembler:
         if v.classes and not 0 <= label < v.classes:
             raise ValueError(f"its label is {'missing' if label < 0 else label}")
         if out is not None:
-            if v.form:
-                out[:] = conform(data, v.form)
-            else:
-                decode_into(out, data, v.codec)
+            v.decode_into(out, data)
         elif v.for_device:
             check_jpeg(data, v.width, v.height, v.channels)
         return data, label

@@ -14,11 +14,20 @@ NARROW = {
     "training/ema.py": set(),
     "training/report.py": set(),
     "training/draws.py": set(),
+    "training/phema.py": set(),
+    "training/augment.py": {"ops", "training.draws"},
     "training/distributed.py": {"training.watchdog"},
     "training/watchdog.py": set(),
     "training/agreement.py": set(),
-    "training/metrics.py": set(),
+    "training/unpickle.py": set(),
+    "training/published.py": {"training.unpickle"},
+    "training/export.py": {"training.draws", "training.networks"},
+    "training/metrics/swd.py": set(),
+    "training/metrics/distances.py": set(),
+    "training/metrics/features.py": {"datasets.cache"},
+    "training/metrics/store.py": {"datasets.manifest"},
     "training/saver.py": {"training.checkpoint"},
+    "training/health.py": {"datasets", "training.checkpoint", "training.distributed"},
     "training/networks/layers.py": {"ops"},
     **{
         f"training/networks/{name}.py": {"ops", "training.networks"}
@@ -26,7 +35,10 @@ NARROW = {
     },
     "training/phases.py": {"training.distributed", "training.draws", "training.report"},
 }
-SEES_RUN = {"config", "schedule", "networks/__init__", "checkpoint", "loop", "trainer", "dryrun", "data", "initialise"}
+SEES_RUN = {
+    "config", "schedule", "networks/__init__", "checkpoint", "loop", "trainer", "dryrun", "data", "initialise",
+    "official",
+}  # fmt: skip
 
 
 def imports(path: Path) -> set[str]:

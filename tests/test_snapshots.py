@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from styleloom.scripts import train
-from styleloom.training import metrics, report
+from styleloom.training import report
 from styleloom.training.checkpoint import complete, find_snapshot
 from styleloom.training.distributed import Team
 from styleloom.training.loop import Stop
+from styleloom.training.metrics.swd import swd
 from styleloom.training.snapshots import Snapshots, fakes, reals
 from styleloom.training.trainer import Training
 
@@ -37,7 +38,7 @@ def scores(out: Path) -> dict[str, float]:
 
 def test_the_score_is_the_distance_of_fakes_from_reals(training):
     a, b = (torch.cat([reals(training, 2, range(24))]), fakes(training, "score", range(24)))
-    expected = metrics.swd(a, b, patches=64, projections=128, normalise_by="reals")["swd/mean"]
+    expected = swd(a, b, patches=64, projections=128, normalise_by="reals")["swd/mean"]
     assert Snapshots(training).score(24) == pytest.approx(expected, rel=1e-5)
     assert expected > 10
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,17 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ..datasets.batch import Bad
-from . import checkpoint, report
+from ..datasets.cache import default_folder
+from . import checkpoint, report, schedule
+from .data import cache_of
 from .draws import Draws
+from .metrics.evaluation import Evaluation, check_metrics
+from .metrics.features import load_inception
+from .metrics.ppl import image_pairs, load_perceptual
+from .metrics.reals import Records
+from .metrics.samples import generated_images
 from .metrics.swd import Descriptors, distance
+from .networks.growing import Generator
 from .trainer import Training
 
 CHUNK = 16  # images at once
@@ -23,18 +32,29 @@ SCORED_PX = 64 * 64  # on a CPU, larger images would take minutes
 
 
 class Snapshots:
-    """Writes a training's snapshots, with a score by which the best is known.
+    """Writes a training's snapshots, with a score by which the best is known: lower is better.
 
-    The score is the sliced Wasserstein distance to the data set's first images (`metrics.distance`), by their colours:
-    lower is better. It is a rough one: it sees colours, textures and severe collapse, not what a picture shows.
+    The score is the first of `run.metrics`, where there is a network to measure by. Otherwise it is the sliced
+    Wasserstein distance to the data set's first images (`metrics.swd.distance`), by their colours: a rough one, which
+    sees colours, textures and severe collapse, not what a picture shows.
 
     Args:
         take: the next of some items, or None where a signal says not to wait for it any longer, as reals may not come.
+        stopped: whether there was a signal.
+
+    Raises:
+        ValueError: the metrics cannot be had, such as without their networks.
     """
 
-    def __init__(self, training: Training, take: Callable[[Iterator[Any]], Any | None] = next) -> None:
+    def __init__(
+        self,
+        training: Training,
+        take: Callable[[Iterator[Any]], Any | None] = next,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.training, self.take = training, take
         self.reals: dict[int, Descriptors] = {}  # by level: of the last one
+        self.evaluation = evaluation_of(training, stopped)
 
     def write(self, writer: report.Writer | None, at_stop: bool = False) -> None:
         """Writes a snapshot and a grid of samples. To be called by all processes; the main one has the writer.
@@ -45,21 +65,62 @@ class Snapshots:
         folder = Path(training.run.out) / "snapshots"
         if at_stop and (folder / checkpoint.name_of(training.nimg)).exists():
             return  # with its score
-        n = 0 if at_stop else self.scored_images()
-        score = self.score(n) if n else None
+        score, name = (None, "") if at_stop else self.scored()
         training.team.place.at("writing a snapshot")
         if not writer:
             return
         m, run, recipe = training.manifest, training.run, training.recipe
-        if score is not None:
-            report.report("swd", score)
         checkpoint.save_snapshot(
             folder, training.average, recipe.networks[recipe.discriminator], run, training.nimg,
             training.width, training.height, m.channels, m.class_names if run.data.labels else [],
-            score, f"swd-{n}" if n else "", at_stop, training.averages,
+            score, name, at_stop, training.averages,
         )  # fmt: skip
         checkpoint.retain_snapshots(folder, run.keep_snapshots)
         writer.picture(f"fakes-{training.nimg:09d}", sample_grid(training), training.nimg)
+
+    def scored(self) -> tuple[float | None, str]:
+        """(score, name of its measure with the number of images). To be called by all; None but on the main process."""
+        if self.evaluation:
+            first, n = self.training.run.metrics.names[0], self.training.run.metrics.images
+            return self.measured(n).get(first), f"{first}-{n}"
+        n = self.scored_images()
+        score = self.score(n) if n else None
+        if score is not None:
+            report.report("swd", score)
+        return score, f"swd-{n}" if n else ""
+
+    def estimate(self, before: int, nimg: int) -> None:
+        """Measures fewer images, if it is time by `metrics.tick_kimg` in a tick that went from `before` to `nimg`. To
+        be called by all."""
+        settings = self.training.run.metrics
+        if self.evaluation and schedule.crossed(before, nimg, round(settings.tick_kimg * 1000)):
+            self.measured(settings.tick_images)
+
+    def measured(self, n: int) -> dict[str, float]:
+        """The run's metrics of n generated images, which are also reported as METRIC-n. Empty but on the main process,
+        and if a signal came. To be called by all."""
+        training, evaluation, m = self.training, self.evaluation, self.training.run.metrics
+        G = training.average
+        assert evaluation
+        assert isinstance(G, Generator)
+        place, manifest, reduce = training.opened(training.stage.level)
+        records = Records(os.fspath(place), manifest, m.images, False, cache_of(training.run), reduce)
+        counts = manifest.class_counts if training.recipe.c_dim else []
+        reals = evaluation.reals(records.identity, records.count, records)
+        fakes = lengths = None
+        if reals:
+            # The images that `styleloom evaluate` draws of the snapshot.
+            fakes = evaluation.fakes(None, n, lambda rows: generated_images(G, Draws(0, "evaluate", rows), counts))
+        if fakes and "ppl" in m.names:
+            lengths = evaluation.lengths(
+                None, n, lambda rows: image_pairs(G, Draws(0, "path", rows), counts, "end", CHUNK)
+            )
+        if not fakes or ("ppl" in m.names and not lengths) or not training.team.main:
+            return {}
+        values = evaluation.measure(m.names, reals, fakes, lengths)
+        for name, value in values.items():
+            report.report(f"{name}-{n}", value)
+        return values
 
     def scored_images(self) -> int:
         """How many images a score takes."""
@@ -120,6 +181,18 @@ class Snapshots:
             if team.main:
                 whole.merge(each)
         return whole
+
+
+def evaluation_of(training: Training, stopped: Callable[[], bool]) -> Evaluation | None:
+    """What measures by the run's feature network; None if it names none. Raises ValueError if that cannot be had."""
+    m, team = training.run.metrics, training.team
+    if not m.inception:
+        return None
+    network = load_inception(Path(m.inception), team.device)
+    perceptual = load_perceptual(Path(m.lpips) if m.lpips else None, team.device) if "ppl" in m.names else None
+    check_metrics(m.names, network, min(m.images, m.tick_images, training.manifest.count))
+    cache = Path(m.cache) if m.cache else default_folder().with_name("features")
+    return Evaluation(team, network, perceptual, cache, m.resize, stopped=stopped)
 
 
 @torch.no_grad()

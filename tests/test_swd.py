@@ -1,4 +1,4 @@
-"""training/metrics.py: pyramids and 1-D transport where the answer is known, independence of chunks, order and
+"""training/metrics/swd.py: pyramids and 1-D transport where the answer is known, independence of chunks, order and
 processes, and the damages that the distance has to see, at the level where they are."""
 
 import math
@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from styleloom.training import metrics
-from styleloom.training.metrics import Descriptors, distance, laplacian_pyramid, swd
+from styleloom.training.metrics import swd as metrics
+from styleloom.training.metrics.swd import Descriptors, distance, laplacian_pyramid, swd
 
 
 def pictures(n, side=64, seed=0, width=None, channels=3):
