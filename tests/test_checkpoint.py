@@ -431,6 +431,13 @@ def test_retention_by_example(nimgs, keep, keep_every, gone):
     assert checkpoint.doomed(nimgs, keep, keep_every) == gone
 
 
+def test_the_newest_checkpoint_of_better_days_stays():
+    nimgs = [20, 40, 60, 80, 100]
+    assert checkpoint.doomed(nimgs, 1, well=59) == [20, 60, 80]
+    assert checkpoint.doomed(nimgs, 2, well=60) == [20, 40]
+    assert checkpoint.doomed(nimgs, 1, well=19) == [20, 40, 60, 80]  # there is none
+
+
 NIMGS = st.lists(st.integers(0, 500), unique=True)
 
 

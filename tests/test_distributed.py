@@ -135,3 +135,39 @@ def test_restored_optimizer_state_lies_where_its_parameter_does():
     updater = Replicated(Team(), network, torch.optim.Adam(network.parameters()))
     updater.load({"weight:step": torch.tensor(3.0), "weight:exp_avg": torch.zeros(2, 2)})
     assert {x.device.type for x in updater.optimizer.state[network.weight].values()} == {"meta"}
+
+
+def test_the_norm_of_a_gradient():
+    network, updater = make_updater()
+    updater.clear()
+    updater.add(network(torch.ones(5, 3)).square().sum(), last=True)
+    gradient = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
+    assert updater.reduce([torch.full([3], 1e9)]) == 0  # other sums are not part of it
+    assert updater.norm.item() == pytest.approx(gradient.norm().item(), rel=1e-6)
+
+
+def test_the_norm_of_a_gradient_whose_squares_are_too_large():
+    network, updater = make_updater()
+    for p in network.parameters():
+        p.grad = torch.full_like(p, 1e30)
+    count = sum(p.numel() for p in network.parameters())
+    assert updater.reduce([]) == 0
+    assert updater.norm.item() == pytest.approx(1e30 * count**0.5, rel=1e-6)
+    assert updater.norm.isfinite()
+
+
+def test_sums_that_are_not_finite_are_counted_with_the_gradient():
+    network, updater = make_updater()
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
+    assert updater.reduce([torch.tensor([1.0, float("nan")])]) == 1
+    first = next(network.parameters())
+    first.grad = torch.full_like(first, float("inf"))
+    assert updater.reduce([torch.tensor([1.0, float("nan")])]) == 13
+
+
+def test_a_phase_that_reaches_nothing_has_no_gradient():
+    _, updater = make_updater()
+    updater.clear()
+    assert updater.reduce([]) == 0
+    assert updater.norm == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from styleloom.training import report, trainer
+from styleloom.training import report
 from styleloom.training.phases import own_rows
 from styleloom.training.trainer import Training
 
@@ -137,6 +137,37 @@ def test_the_means_move(two_ranks):
     assert abs(results["Gpl/pl_mean"] - 0.3) > 1e-4
 
 
+# The gradient's norm
+
+STEPS = {"Gmain": 1, "Gpl": 2, "Dmain": 1, "Dr1": 2}  # of what the phase reaches, after it
+
+
+@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "kind", ["gradients", "buckets", "zero0", "zero1", "zero2", "zero1-passes", "few", "zero2-few"]
+)
+def test_the_norm_is_that_of_the_global_gradient(two_ranks, phase, kind):
+    """Which Adam's first moment is, as beta1 is 0."""
+    alone = load_file(two_ranks / f"{kind}-1.safetensors")
+    steps = {name.removesuffix(":step"): x for name, x in alone.items() if name.startswith(f"{phase}/")}
+    moments = [name for name in alone if name.startswith(f"{phase}/") and name.endswith(":exp_avg")]
+    reached = [name for name in moments if steps[name.removesuffix(":exp_avg")] == STEPS[phase]]
+    expected = torch.stack([alone[name].double().norm() for name in reached]).norm().item()
+    assert expected > 1e-3
+    tolerance = 1e-5 if alone[reached[0]].dtype == torch.float64 else 1e-3
+    for name in ("1", "2-0", "2-1"):
+        count, total, _ = load_file(two_ranks / f"{kind}-{name}.safetensors")[f"{phase}/norm"]
+        assert count == 1
+        assert total == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["spoilt", "zero1-spoilt"])
+def test_a_gradient_that_is_not_finite_has_no_norm(two_ranks, kind):
+    results = load_file(two_ranks / f"{kind}-2-0.safetensors")
+    assert results["Gpl/norm"][0] == 1
+    assert results["Dmain/norm"][0] == results["Dr1/norm"][0] == 0
+
+
 # Gradients that are not finite
 
 
@@ -161,15 +192,15 @@ def test_training_stops_when_gradients_stay_not_finite(unlabelled, settings, hel
     training.begin()
     reals, classes = training.to_device(*next(training.stream()))
     (phase,) = (phase for phase in training.recipe.phases if phase.name == "Dmain")
-    spoilt = torch.full_like(reals, float("inf"))
+    spoilt, patience = torch.full_like(reals, float("inf")), training.run.health.patience
     for _ in range(2):  # a good step in between begins the count anew
-        for _ in range(trainer.PATIENCE - 1):
+        for _ in range(patience - 1):
             training.run_phase(phase, spoilt, classes)
         training.run_phase(phase, reals, classes)
     counted = report.Report.state_dict()["nonfinite/Dmain"]
-    assert counted[0] == 2 * trainer.PATIENCE
+    assert counted[0] == 2 * patience
     assert counted[1] > 1000
-    for _ in range(trainer.PATIENCE - 1):
+    for _ in range(patience - 1):
         training.run_phase(phase, spoilt, classes)
     with pytest.raises(ValueError, match=r"phase Dmain were not finite 10 times in a row.*recipe\.lr"):
         training.run_phase(phase, spoilt, classes)

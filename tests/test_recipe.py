@@ -137,9 +137,11 @@ def test_the_controller_is_part_of_the_state():
 
 def test_a_fixed_p_warms_up_and_is_told():
     augmentation = Augmentation(Augment(kind="fixed", p=0.4, warmup_kimg=1.0), CPU)
+    batch = batch_of(None)
     for nimg, p in ((0, 0.0), (500, 0.2), (1000, 0.4), (5000, 0.4)):
         augmentation.at(nimg)
         assert augmentation.p.item() == pytest.approx(p)
+        augmentation(batch.images, batch.draws)
         assert report.collect(lambda sums: sums)["augment/p"] == pytest.approx(p)
 
 

@@ -84,6 +84,7 @@ def phase_results(run: Run, team, dtype: torch.dtype = torch.float64, spoil: boo
             "stepped": torch.tensor(stepped),
             "rows": torch.tensor([len(part) for part in passes]),
             "bad": report.Report.state_dict()[f"nonfinite/{phase.name}"],
+            "norm": report.Report.state_dict().get(f"grad_norm/{phase.name}", torch.zeros(3)),
             "changed": torch.tensor(any(not torch.equal(x, before[name]) for name, x in weights.items())),
             "w_avg": training.recipe.G.mapping.w_avg,
             "pl_mean": training.recipe.state_dict()["pl_mean"],
@@ -132,6 +133,24 @@ def stopped(results: Path, run: Run, team: Team) -> None:
     (results / f"stopped-{team.rank}.json").write_text(json.dumps(status))
 
 
+def diverging(results: Path, run: Run, team: Team) -> None:
+    """A run with a learning rate far too high from 44 images on, until it has gone back."""
+    step, rollbacks = Training.step, []
+
+    def stepping(self: Training, images: Tensor, labels: Tensor) -> None:
+        for optimizer in self.recipe.optimizers.values() if self.nimg >= 44 and not self.rollbacks else ():
+            optimizer.param_groups[0]["lr"] = 0.5
+        step(self, images, labels)
+        rollbacks.append(self.rollbacks)
+
+    Training.step = stepping
+    health = run.health.model_copy(update={"gap": "roll-back", "gap_limit": 5.0, "ticks": 1, "images": 8})
+    short = {"total_kimg": 0.064, "snapshot_kimg": 9.0, "score_images": 0}
+    status = train(run.model_copy(update={**short, "health": health, "out": str(results / "diverging")}), team)
+    Training.step = step
+    (results / f"diverging-{team.rank}.json").write_text(json.dumps([status, rollbacks[-1]]))
+
+
 def main(results: Path, runs: Path) -> None:
     team = Team()
 
@@ -154,6 +173,7 @@ def main(results: Path, runs: Path) -> None:
         "whole": lambda: train(run("whole"), team),
         "resumed": lambda: train(run("killed"), team),
         "stopped": lambda: stopped(results, run("stopped"), team),
+        "diverging": lambda: diverging(results, run("whole"), team),
     }
     for name, task in tasks.items():
         try:

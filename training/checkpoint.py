@@ -112,13 +112,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"cannot read {path}: {_brief(error)}") from None
 
 
-def save(folder: Path, states: States, meta: dict[str, Any], run: Run, keep: int, keep_every: int = 0) -> Path:
+def save(
+    folder: Path, states: States, meta: dict[str, Any], run: Run, keep: int, keep_every: int = 0, well: int = 0
+) -> Path:
     """Writes the checkpoint `folder/nimg-NNNNNNNNN`, unless it is there, and deletes those that are `doomed`.
 
     Args:
         states: name -> tensors; each becomes NAME.safetensors.
         meta: JSON values, with `nimg`.
-        keep, keep_every: as in `doomed`.
+        keep, keep_every, well: as in `doomed`.
 
     Raises OSError naming the folder; no part of a new checkpoint is left then, and the earlier ones stay.
     """
@@ -135,17 +137,19 @@ def save(folder: Path, states: States, meta: dict[str, Any], run: Run, keep: int
         about = {"format": CHECKPOINT, **meta, "states": names, "files": files}
         (temporary / "state.json").write_bytes(_sealed(about))
     whole = {_nimg(path): path for path in complete(folder)}
-    for nimg in doomed(whole, keep, keep_every):
+    for nimg in doomed(whole, keep, keep_every, well):
         _delete(whole[nimg])
     return target
 
 
-def doomed(nimgs: Iterable[int], keep: int, keep_every: int = 0) -> list[int]:
-    """Those of the checkpoints at `nimgs` that may go: all but the newest `keep` and, where `keep_every` (images) is
-    not 0, the first one at or after each of its multiples (0 is none: nobody goes back to a run's first minutes)."""
+def doomed(nimgs: Iterable[int], keep: int, keep_every: int = 0, well: int = 0) -> list[int]:
+    """Those of the checkpoints at `nimgs` that may go: all but the newest `keep`, the newest one at or before `well`,
+    to which a run in trouble goes back, and, where `keep_every` (images) is not 0, the first one at or after each of
+    its multiples (0 is none: nobody goes back to a run's first minutes)."""
     ordered = sorted(nimgs)
     first = {nimg // keep_every: nimg for nimg in reversed(ordered) if nimg >= keep_every} if keep_every else {}
-    return [nimg for nimg in ordered[:-keep] if nimg not in first.values()]
+    good = max((nimg for nimg in ordered if nimg <= well), default=None)
+    return [nimg for nimg in ordered[:-keep] if nimg not in first.values() and nimg != good]
 
 
 def load(folder: Path) -> tuple[States, dict[str, Any], Run]:

@@ -127,6 +127,10 @@ class Updater(Protocol):
     A step: `clear`, `add` for each pass, `reduce` once, then `step`, or nothing if the gradient was bad.
     """
 
+    norm: Tensor
+    """After `step`, the Euclidean norm of the gradient that it was made with: a scalar on the device, which nobody has
+    waited for; the same on every process."""
+
     def clear(self) -> None:
         """Forgets the gradient."""
         ...
@@ -175,6 +179,7 @@ class Replicated:
         self.buckets = buckets(self.parameters[::-1], bucket_bytes if team.world > 1 else 0)
         self.sent: list[tuple[Tensor, dist.Work]] = []
         self.missing: list[int] = []  # gradients of each bucket; only in a step's last backward pass
+        self.norm = torch.zeros([])
         self.hooks = [
             p.register_post_accumulate_grad_hook(lambda _, i=i: self._has_come(i))
             for i, bucket in enumerate(self.buckets[:-1])
@@ -208,7 +213,9 @@ class Replicated:
 
     def reduce(self, others: list[Tensor]) -> int:
         if self.team.world == 1:
-            return count_nonfinite([p.grad for p in self.parameters], others)
+            mine = [p.grad for p in self.parameters if p.grad is not None]
+            self.norm, size = sizes(mine, others)
+            return self._nonfinite(size.item(), mine, others)
         has = torch.tensor([p.grad is not None for bucket in self.buckets for p in bucket], device=self.team.device)
         with self.team.together():
             while len(self.sent) < len(self.buckets) - 1:
@@ -220,14 +227,24 @@ class Replicated:
             shapes: list[list[Tensor]] = [[*bucket] for bucket in self.buckets]
             shapes[-1] += [*others, has]
             parts = [x for each, flat in zip(shapes, sums, strict=True) for x in like(each, flat)]
-            total = torch.stack([x.sum() for x in sums]).sum()  # not finite if anything is not
-            *present, total = torch.cat([parts[-1], total[None]]).tolist()  # one wait for both, until a device is done
+            gradient, rest = parts[: len(self.parameters)], parts[len(self.parameters) : -1]
+            self.norm, size = sizes(gradient, rest)
+            *present, size = torch.cat([parts[-1], size[None]]).tolist()  # one wait for both, until a device is done
         parameters = [p for bucket in self.buckets for p in bucket]
-        for p, grad, any_ in zip(parameters, parts, present, strict=False):
+        for p, grad, any_ in zip(parameters, gradient, present, strict=True):
             p.grad = grad if any_ else None
-        for x, its in zip(others, parts[len(parameters) : -1], strict=True):
+        for x, its in zip(others, rest, strict=True):
             x.copy_(its)
-        return 0 if math.isfinite(total) else count_nonfinite(sums)
+        return self._nonfinite(size, gradient, rest)
+
+    def _nonfinite(self, size: float, gradient: list[Tensor], others: list[Tensor]) -> int:
+        """How many elements are not finite, where `size` is that of all (`sizes`): they are counted only if need be."""
+        if math.isfinite(size):
+            return 0
+        bad = count_nonfinite(gradient, others)
+        if not bad and gradient:  # the squares of something finite were too large
+            self.norm = torch.stack(torch._foreach_norm(gradient, dtype=torch.float64)).norm()
+        return bad
 
     def step(self) -> None:
         self.optimizer.step()
@@ -274,12 +291,22 @@ def like(tensors: list[Tensor], flat: Tensor) -> list[Tensor]:
     return [part.reshape(x.shape) for part, x in zip(parts, tensors, strict=True)]
 
 
+def sizes(gradient: list[Tensor], others: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(Euclidean norm of a gradient, size of it and of others together), two scalars, from one pass over the elements:
+    the second is not finite if any of them is not (or if its square is beyond what the type can hold)."""
+    tensors = [*gradient, *others]
+    if not tensors:
+        return torch.zeros([]), torch.zeros([])
+    norms = torch.stack(torch._foreach_norm(tensors))  # each its own, as a sum of very many fp32 squares is inexact
+    return norms[: len(gradient)].norm(), norms.sum()
+
+
 def count_nonfinite(*lists: Sequence[Tensor | None]) -> int:
     """How many elements of the tensors are not finite."""
     tensors = [x for each in lists for x in each if x is not None]
     if not tensors:
         return 0
-    if torch.stack(torch._foreach_norm(tensors, ord=1)).isfinite().all():  # one pass, and one wait, if all is well
+    if sizes([], tensors)[1].isfinite():  # one pass, and one wait, if all is well
         return 0
     return int(sum((~x.isfinite()).sum() for x in tensors))
 
@@ -334,8 +361,11 @@ class Divided:
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self.reached: list[nn.Parameter] = []
         groups = [{"params": part, "part": i} for i, part in enumerate(self.parts)]
+        self.given = optimizer
         self.optimizer = type(optimizer)(groups, **optimizer.defaults)  # type: ignore[call-arg]
-        self.optimizer.register_step_pre_hook(self._leave_idle)
+        self.optimizer.register_step_pre_hook(self._before_step)
+        self.norm = torch.zeros([])
+        self.norms: list[Tensor] = []  # of what this process's optimizer steps with
         with team.together():  # engines agree among one another
             self.engine, *_ = self._initialize(deepspeed)
 
@@ -382,24 +412,34 @@ class Divided:
         reached = set(self.reached)
         self.idle = {i for i, part in enumerate(self.parts) if reached.isdisjoint(part)}
         assert all(i in self.idle or reached.issuperset(part) for i, part in enumerate(self.parts))
+        for group in self.optimizer.param_groups:  # the schedule may have moved them
+            group |= {name: self.given.param_groups[0][name] for name in ("lr", "betas")}
         given = [self._given(p) for p in self.reached]
         with self.team.together():
             loss = self.engine(self.reached, given)
             del given
             self.engine.backward(loss)
+            self.norms = []
             self.engine.step()
+            square = torch.stack(self.norms).double().square().sum()
+            self.norm = (self.team.sum_(square) if self.stage else square).sqrt()
 
     def _given(self, p: nn.Parameter) -> Tensor:
         """A parameter's gradient, as the engine wants it: it takes the mean over the processes."""
         gradient = self.gradients.pop(p, None)
         return torch.zeros_like(p) if gradient is None else gradient * self.team.world
 
-    def _leave_idle(self, optimizer: Optimizer, *_: Any) -> None:
-        """Before the optimizer's step, of one part or of all: the engine fills in zeros for what has no gradient."""
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Before the optimizer's step, of one part or of all. The engine fills in zeros for what has no gradient: idle
+        parts are left alone. The others' gradients are summed now, whole or (from stage 1 on) this process's fragment,
+        and measured; the engine's own norm is there at some stages only."""
         for group in optimizer.param_groups:
             if group["part"] in self.idle:
                 for p in group["params"]:
                     p.grad = None
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            if gradients:
+                self.norms += torch._foreach_norm(gradients)
 
     # The optimizer's state. At stages 1 and 2 it holds one flat tensor for each part, of which a process has a
     # fragment; where a parameter's numbers lie in it, the engine notes in `_hp_mapping`.

@@ -69,7 +69,8 @@ def run_phase(phase: Phase, networks: Mapping[str, nn.Module], updater: Updater,
     """Runs one phase on this process's passes and makes a step with the global batch's gradient.
 
     The loss of the global batch is the sum over its samples divided by `phase.batch`, whatever the split. If any
-    gradient element is not finite, they are counted and the step is left out, on every process alike.
+    gradient element is not finite, they are counted and the step is left out, on every process alike; otherwise the
+    gradient's norm is reported, as grad_norm/PHASE.
 
     Args:
         updater: of the network that the phase trains.
@@ -92,6 +93,7 @@ def run_phase(phase: Phase, networks: Mapping[str, nn.Module], updater: Updater,
     if bad:
         return False
     updater.step()
+    report(f"grad_norm/{phase.name}", updater.norm)
     if phase.after is not None:
         phase.after({name: x / phase.batch for name, x in sums.items()})
     return True
@@ -106,7 +108,8 @@ def only_trained(phase: Phase, networks: Mapping[str, nn.Module]) -> None:
 def reached(phase: Phase, networks: Mapping[str, nn.Module], batch: Batch) -> set[str]:
     """Names of the parameters (of the network that it trains) that the phase's loss depends on. Changes nothing."""
     only_trained(phase, networks)
-    names, parameters = zip(*networks[phase.trains].named_parameters(), strict=True)
+    trained = networks[phase.trains].named_parameters()
+    names, parameters = zip(*((name, p) for name, p in trained if p.requires_grad), strict=True)
     with unreported():
         gradients = torch.autograd.grad(phase.loss(batch).per_sample.sum(), parameters, allow_unused=True)
     return {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}

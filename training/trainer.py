@@ -18,7 +18,7 @@ from ..datasets.batch import Bad, told
 from ..datasets.stream import Stretch, batches, check_share
 from ..datasets.workers import default_workers
 from ..ops.memory import give_back_freed_memory, keep_freed_memory
-from . import checkpoint, ema, phema, recipes, report, schedule
+from . import checkpoint, ema, health, phema, recipes, report, schedule
 from .agreement import check_agreement, check_replicas, code_version
 from .config import Run, flat, protected_differences
 from .data import Opened, cache_of, open_data
@@ -30,10 +30,7 @@ from .saver import Saver
 from .schedule import Stage
 
 TOLD = 20  # replaced samples that are told of on stderr; all are written down
-ROLLBACKS = "rollbacks.jsonl"  # in a run's folder: a line for each time that it has gone back
 T = TypeVar("T")
-
-PATIENCE = 10  # runs of a phase in a row with non-finite gradients, after which training stops
 
 
 class Training:
@@ -76,6 +73,7 @@ class Training:
         self.streamed_from = 0  # nimg
         self.bad_new = self.bad_total = 0  # replaced here since the last sum, and by all processes
         self.skipped: dict[str, int] = {}  # steps left out in a row, by phase
+        self.well = 0  # images at the last tick at which all was well; kept by the main process's loop
 
     def _check_schedule(self) -> None:
         """Raises ValueError if the batch of a stage cannot be divided, or a size is named that there is not."""
@@ -304,18 +302,29 @@ class Training:
         recipe.at(self.nimg)
 
     def run_phase(self, phase: Phase, reals: Tensor, classes: Tensor) -> None:
-        """Runs a phase; raises ValueError when its gradients have not been finite many times in a row."""
+        """Runs a phase; raises Trouble where its gradients have not been finite for too many times in a row."""
         run, recipe = self.run, self.recipe
         passes = self.passes(phase, reals, classes)
         self.team.place.at(f"phase {phase.name}")
         stepped = run_phase(phase, recipe.networks, self.updaters[phase.trains], passes)
         self.skipped[phase.name] = 0 if stepped else self.skipped.get(phase.name, 0) + 1
-        if self.skipped[phase.name] >= PATIENCE:
-            raise ValueError(
-                f"the gradients of phase {phase.name} were not finite {PATIENCE} times in a row, at {self.nimg} "
-                f"images: training has diverged. Begin anew (--init from a snapshot before it) with a lower "
-                f"{'growth.lr' if run.growth.gpus or run.growth.lr else 'recipe.lr'} or a higher {recipe.penalty}."
-            )
+        if self.skipped[phase.name] >= run.health.patience:
+            self.diverged(phase.name)
+
+    def diverged(self, phase: str) -> None:
+        """A phase has left out `health.patience` steps in a row: raises Trouble where that interrupts the run."""
+        action, times = self.run.health.nonfinite, self.skipped[phase]
+        found = health.not_finite(phase, times, self.nimg, action, self.gentler)
+        if action in health.INTERRUPTS:
+            raise health.Trouble(found)
+        if action == "warn" and times == self.run.health.patience:
+            self._tell(found.message)
+
+    @property
+    def gentler(self) -> str:
+        """The change of the run's fields that makes training calmer, in words."""
+        growth = self.run.growth
+        return f"a lower {'growth.lr' if growth.gpus or growth.lr else 'recipe.lr'} or a higher {self.recipe.penalty}"
 
     def states(self) -> checkpoint.States:
         """Everything that changes while training, by name. To be called by all processes."""
@@ -352,10 +361,12 @@ class Training:
                 "seconds": self.seconds,
                 "processes": self.team.world,
                 "data_hash": self.data_hash,
+                "skipped": dict(self.skipped),
             }
+            well = self.well
             folder, keep_every = Path(run.out) / "checkpoints", round(run.keep_every_kimg * 1000)
             saver.submit(
-                states, lambda host: checkpoint.save(folder, host, meta, run, run.keep_checkpoints, keep_every)
+                states, lambda host: checkpoint.save(folder, host, meta, run, run.keep_checkpoints, keep_every, well)
             )
 
     def begin(self) -> None:
@@ -366,7 +377,7 @@ class Training:
         """
         found = checkpoint.newest_good(Path(self.run.out) / "checkpoints", self._tell) if self.run.out else None
         optimizers: dict[str, State] = {}
-        self.rollbacks = lines_in(Path(self.run.out) / ROLLBACKS) if found else 0
+        self.rollbacks = len(health.read_rollbacks(Path(self.run.out))) if self.run.out else 0
         if found:
             optimizers = self.restore(*found)
         elif self.run.init:
@@ -445,17 +456,13 @@ class Training:
         self.recipe.load_state_dict(states["recipe"])
         report.Report.load_state_dict(states["report"] if self.team.main else {})
         self.nimg, self.seconds, self.resumed_from = meta["nimg"], meta["seconds"], folder
+        self.skipped = dict(meta["skipped"])
         self.team.place.nimg = self.nimg
         if self.team.main:
             print(f"Going on from {folder}: {self.nimg / 1000:g} kimg.", flush=True)
             if meta["processes"] != self.team.world:
                 print(f"It was written by {meta['processes']} processes; now there are {self.team.world}.", flush=True)
         return {name: states[f"optimizer_{name}"] for name in networks}
-
-
-def lines_in(path: Path) -> int:
-    """Whole lines of a file that need not be there."""
-    return path.read_text().count("\n") if path.exists() else 0
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:

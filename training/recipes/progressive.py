@@ -21,6 +21,7 @@ class Progressive(Recipe):
         assert isinstance(run.recipe, ProgressiveRecipe)
         self.settings = run.recipe
         self.wasserstein = run.recipe.loss == "wgan-gp"
+        self.scores = "distances" if self.wasserstein else "logits"
         self.penalty = "recipe.gp_weight" if self.wasserstein else "recipe.r1_gamma"
         super().__init__(run, width, height, img_channels, class_counts, device)
 

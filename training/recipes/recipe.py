@@ -2,6 +2,7 @@
 discriminator gets to see."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ class Recipe:
     reals = 1  # sets of as many real images as the batch has, that an iteration takes
     averaged = "G"
     discriminator = "D"
+    scores: Literal["logits", "differences", "distances"] = "logits"
+    """What the discriminator's outputs are: logits, whose sign is a verdict; numbers of which only differences mean
+    something; or distances, whose size means nothing either."""
     penalty = "recipe.r1_gamma"  # the field that weighs what keeps the discriminator smooth
 
     def __init__(
@@ -61,7 +65,7 @@ class Recipe:
         Moments of the stage before would move the parameters by gradients of another loss, so they are forgotten, as in
         the published trainings of Progressive GAN and StyleGAN.
         """
-        self.stage = stage
+        self.stage, self.lr = stage, stage.lr
         self.fade(alpha)
         self.phases = self.make_phases()
         self.optimizers = {name: self._adam(name) for name in self.networks}
@@ -146,8 +150,6 @@ class Augmentation:
         """Brings a p that follows from the images shown so far to where it is."""
         if self.settings.kind == "fixed":
             self.fixed.fill_(schedule.cosine(0.0, self.settings.p, nimg, self.settings.warmup_kimg * 1000))
-        if self.settings.kind in ("ada", "fixed"):
-            report("augment/p", self.p)
 
     def control(self, sign_mean: Tensor, batch: int) -> None:
         """Takes the mean sign of the scores of a batch of reals."""
@@ -155,7 +157,10 @@ class Augmentation:
         self.controller.update(sign_mean, batch)
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        return self.pipe(images, self.p, draws) if self.pipe else images
+        if self.pipe is None:
+            return images
+        report("augment/p", self.p)
+        return self.pipe(images, self.p, draws)
 
     def state_dict(self) -> dict[str, Tensor]:
         """`augment.` and the controller's names."""
