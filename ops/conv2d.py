@@ -17,26 +17,28 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.contiguous_format if plain else torch.channels_last
 
 
-def conv2d(x: Tensor, w: Tensor, f: Tensor | None = None, up: int = 1, down: int = 1) -> Tensor:
+def conv2d(x: Tensor, w: Tensor, f: Tensor | None = None, up: int = 1, down: int = 1, groups: int = 1) -> Tensor:
     """ "Same" convolution, with filtered up-sampling before it or filtered down-sampling after it.
 
     Args:
         x: [N, C_in, H, W], floating point.
-        w: [C_out, C_in, k, k], k odd; cast to the dtype of `x`. With `up` 2 it is applied mirrored (as a true
+        w: [C_out, C_in / groups, k, k], k odd; cast to the dtype of `x`. With `up` 2 it is applied mirrored (as a true
             convolution), which is how the published networks' weights are stored.
         f: low-pass filter of sum 1, float32, [taps] or [fh, fw]; needed with `up` or `down`.
         up, down: 1 or 2, not both 2.
+        groups: of channels that do not mix; without resampling.
 
     Returns:
         [N, C_out, H * up / down, W * up / down], dtype of `x`. Differentiable to any order.
     """
-    if x.shape[1] != w.shape[1]:
-        raise ValueError(f"conv2d: a weight of {w.shape[1]} input channels for an image of {x.shape[1]}")
+    if x.shape[1] != w.shape[1] * groups:
+        raise ValueError(f"conv2d: a weight of {w.shape[1] * groups} input channels for an image of {x.shape[1]}")
     k = w.shape[-1]
     w = w.to(x.dtype)
     if up == 1 and down == 1:
-        return _convolve(x, w, stride=1, padding=k // 2)
+        return _convolve(x, w, stride=1, padding=k // 2, groups=groups)
     assert f is not None
+    assert groups == 1
     assert (up, down) in [(1, 2), (2, 1)], f"up {up}, down {down}"
     fh, fw = filter_size(f)
     if down == 2:
@@ -60,10 +62,10 @@ def _left_to_torch(x: Tensor) -> bool:
     return build.path(x.device.type) == "reference" or native.watched() or torch.is_autocast_enabled(x.device.type)
 
 
-def _convolve(x: Tensor, w: Tensor, stride: int, padding: int) -> Tensor:
+def _convolve(x: Tensor, w: Tensor, stride: int, padding: int, groups: int = 1) -> Tensor:
     if _left_to_torch(x):
-        return F.conv2d(x, w, stride=stride, padding=padding)
-    return _Convolve.apply(x, w, stride, padding)  # type: ignore[return-value]
+        return F.conv2d(x, w, stride=stride, padding=padding, groups=groups)
+    return _Convolve.apply(x, w, stride, padding, groups)  # type: ignore[return-value]
 
 
 def _convolve_transposed(x: Tensor, w: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ def _convolve_transposed(x: Tensor, w: Tensor) -> Tensor:
     if _left_to_torch(x):
         return F.conv_transpose2d(x, w, stride=2)
     size = [2 * s + w.shape[-1] - 2 for s in x.shape[2:]]
-    return _Transposed.apply(x, w, size, 2, 0)  # type: ignore[return-value]
+    return _Transposed.apply(x, w, size, 2, 0, 1)  # type: ignore[return-value]
 
 
 # A convolution y = w * x is linear in x and in w. Its three faces (y from x and w; x's gradient from y and w; w's
@@ -81,51 +83,51 @@ def _convolve_transposed(x: Tensor, w: Tensor) -> Tensor:
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, stride: int, padding: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, stride: int, padding: int, groups: int = 1) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.how = stride, padding
-        return _forward(x, w, stride, padding)
+        ctx.how = stride, padding, groups
+        return _forward(x, w, stride, padding, groups)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         dx = _Transposed.apply(g, w, x.shape[2:], *ctx.how) if ctx.needs_input_grad[0] else None
         dw = _Weight.apply(x, g, w.shape[2:], *ctx.how) if ctx.needs_input_grad[1] else None
-        return dx, dw, None, None  # type: ignore[return-value]
+        return dx, dw, None, None, None  # type: ignore[return-value]
 
 
 class _Transposed(torch.autograd.Function):
     """x's gradient [N, C_in, *size] from y [N, C_out, ...] and w [C_out, C_in, k, k]."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, w: Tensor, size: list[int], stride: int, padding: int) -> Tensor:
+    def forward(ctx: Any, y: Tensor, w: Tensor, size: list[int], stride: int, padding: int, groups: int = 1) -> Tensor:
         ctx.save_for_backward(y, w)
-        ctx.how = stride, padding
-        return _transposed(y, w, size, stride, padding)
+        ctx.how = stride, padding, groups
+        return _transposed(y, w, size, stride, padding, groups)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         y, w = ctx.saved_tensors
         dy = _Convolve.apply(g, w, *ctx.how) if ctx.needs_input_grad[0] else None
         dw = _Weight.apply(g, y, w.shape[2:], *ctx.how) if ctx.needs_input_grad[1] else None
-        return dy, dw, None, None, None  # type: ignore[return-value]
+        return dy, dw, None, None, None, None  # type: ignore[return-value]
 
 
 class _Weight(torch.autograd.Function):
     """w's gradient [C_out, C_in, *taps] from x and y."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, taps: list[int], stride: int, padding: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, taps: list[int], stride: int, padding: int, groups: int = 1) -> Tensor:
         ctx.save_for_backward(x, y)
-        ctx.how = stride, padding
-        return _weight(x, y, taps, stride, padding)
+        ctx.how = stride, padding, groups
+        return _weight(x, y, taps, stride, padding, groups)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, y = ctx.saved_tensors
         dx = _Transposed.apply(y, g, x.shape[2:], *ctx.how) if ctx.needs_input_grad[0] else None
         dy = _Convolve.apply(x, g, *ctx.how) if ctx.needs_input_grad[1] else None
-        return dx, dy, None, None, None  # type: ignore[return-value]
+        return dx, dy, None, None, None, None  # type: ignore[return-value]
 
 
 SAME, DOWN, UP = range(3)  # of csrc/api.h
@@ -133,29 +135,29 @@ SAME, DOWN, UP = range(3)  # of csrc/api.h
 STRIDED_FROM = 1024
 
 
-def _forward(x: Tensor, w: Tensor, stride: int, padding: int) -> Tensor:
+def _forward(x: Tensor, w: Tensor, stride: int, padding: int, groups: int = 1) -> Tensor:
     size = [(s + 2 * padding - k) // stride + 1 for s, k in zip(x.shape[2:], w.shape[2:], strict=True)]
-    if _by_winograd(x, w, size, stride, padding):
+    if groups == 1 and _by_winograd(x, w, size, stride, padding):
         return _winograd(x, w, size, SAME if stride == 1 else DOWN)
-    return F.conv2d(x, w, stride=stride, padding=padding)
+    return F.conv2d(x, w, stride=stride, padding=padding, groups=groups)
 
 
-def _transposed(y: Tensor, w: Tensor, size: list[int], stride: int, padding: int) -> Tensor:
-    if _by_winograd(y, w, y.shape[2:], stride, padding):
+def _transposed(y: Tensor, w: Tensor, size: list[int], stride: int, padding: int, groups: int = 1) -> Tensor:
+    if groups == 1 and _by_winograd(y, w, y.shape[2:], stride, padding):
         return _winograd(y, w, size, SAME if stride == 1 else UP, transposed=True)
     rest = [s - (stride * (r - 1) + w.shape[-1] - 2 * padding) for s, r in zip(size, y.shape[2:], strict=True)]
-    return F.conv_transpose2d(y, w, stride=stride, padding=padding, output_padding=rest)
+    return F.conv_transpose2d(y, w, stride=stride, padding=padding, output_padding=rest, groups=groups)
 
 
-def _weight(x: Tensor, y: Tensor, taps: list[int], stride: int, padding: int) -> Tensor:
-    w = x.new_empty([y.shape[1], x.shape[1], *taps])
-    if _by_winograd(x, w, y.shape[2:], stride, padding):
+def _weight(x: Tensor, y: Tensor, taps: list[int], stride: int, padding: int, groups: int = 1) -> Tensor:
+    w = x.new_empty([y.shape[1], x.shape[1] // groups, *taps])
+    if groups == 1 and _by_winograd(x, w, y.shape[2:], stride, padding):
         args, x, y = _winograd_arguments(x, w, y, SAME if stride == 1 else DOWN)
         _call("sl_winograd_weight", args, x)
         return w
     mask, pads = [False, True, False], [padding, padding]
     return torch.ops.aten.convolution_backward(
-        y, x, w, None, [stride, stride], pads, [1, 1], False, [0, 0], 1, mask
+        y, x, w, None, [stride, stride], pads, [1, 1], False, [0, 0], groups, mask
     )[1]  # fmt: skip
 
 

@@ -150,7 +150,7 @@ PLAN_TABLE: Table = [
 
 def describe_plan(found: dict[str, Any]) -> list[str]:
     """The table, and lines after it."""
-    rows, group = found["rows"], found["settings"]["network"]["mbstd_group"]
+    rows, group = found["rows"], found["settings"]["network"].get("mbstd_group", 1)  # R3GAN has none
     lines = [titles(PLAN_TABLE), *(line(PLAN_TABLE, row) for row in rows)]
     few = rows[0]["launch_bound_below"]
     lines += [

@@ -5,6 +5,7 @@ import inspect
 import json
 import os
 import re
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -53,9 +54,10 @@ def test_presets_are_valid_and_carry_their_name(name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_round_trip_through_run_json(name, tmp_path):
-    run = changed(
-        PRESETS[name], data__path="/somewhere/ä", seed=2**63 - 1, recipe__r1_gamma=0.1, growth__lr=((4, 0.1), (8, 1e-9))
-    )
+    its: dict[str, Any] = {"recipe__r1_gamma": 0.1, "growth__lr": ((4, 0.1), (8, 1e-9))}
+    if PRESETS[name].recipe.kind == "r3gan":
+        its = {"recipe__gamma": 0.1}
+    run = changed(PRESETS[name], data__path="/somewhere/ä", seed=2**63 - 1, **its)
     write_run(run, tmp_path / "run.json")
     assert read_run(tmp_path / "run.json") == run
     assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
@@ -245,3 +247,22 @@ def test_msg_does_not_grow():
     assert Run.model_validate(values).recipe.kind == "msg"
     with pytest.raises(ValidationError, match="msg shows the discriminator all sizes at once"):
         Run.model_validate(values | {"growth": {"start": 4}})
+
+
+@pytest.mark.parametrize(
+    ("preset", "fields", "what"),
+    [
+        ("r3gan-256", {"growth__start": 8}, "schedules of its own and does not grow"),
+        ("r3gan-256", {"growth__lr": ((64, 0.1),)}, "schedules of its own and does not grow"),
+        ("msg-256", {"augment__kind": "ada"}, "augment.kind ada does not go with msg"),
+        ("progressive-1024", {"augment__kind": "fixed"}, "augment.kind fixed does not go with wgan-gp"),
+        ("stylegan2-256", {"freeze_d": 2}, "give one with --init"),
+        ("stylegan2-256", {"metrics__names": ("pr", "fid")}, "begin with fid or kid"),
+        ("stylegan2-256", {"metrics__names": ()}, "begin with fid or kid"),
+        ("stylegan2-256", {"ema__sigma_rel": (0.05, 0.3)}, "different ones between 0 and 0.288"),
+        ("stylegan2-256", {"ema__sigma_rel": (0.05, 0.05)}, "different ones between 0 and 0.288"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(preset, fields, what):
+    with pytest.raises(ValidationError, match=what):
+        changed(PRESETS[preset], **fields)

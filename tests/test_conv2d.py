@@ -55,6 +55,21 @@ def test_values_and_gradients(ops_path, k, up, down, name):
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 6])
+def test_groups_do_not_mix(ops_path, groups):
+    """Values and derivatives of first and second order are torch's."""
+    g = torch.Generator().manual_seed(groups)
+    x = torch.randn(2, 6, 5, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(6, 6 // groups, 3, 3, generator=g, dtype=torch.float64, requires_grad=True)
+    y, expected = conv2d(x, w, groups=groups), F.conv2d(x, w, padding=1, groups=groups)
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    weights = torch.randn(y.shape, generator=g, dtype=torch.float64)
+    firsts = [torch.autograd.grad(out, (x, w), out * weights, create_graph=True) for out in (y, expected)]
+    seconds = [torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), (x, w)) for first in firsts]
+    for mine, theirs in zip((*firsts[0], *seconds[0]), (*firsts[1], *seconds[1]), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+
+
 def test_no_filter_is_needed_without_resampling(ops_path):
     x, w = inputs(3)
     torch.testing.assert_close(conv2d(x, w), definition(x, w, torch.ones(1, 1), 1, 1))

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -127,3 +128,40 @@ def test_the_classifiers_cross_entropy():
     logits, labels = torch.tensor([[1.0, 2.0, 0.5], [0.0, 0.0, 0.0]]), torch.eye(3)[[1, 2]]
     total = math.exp(1) + math.exp(2) + math.exp(0.5)
     torch.testing.assert_close(losses.cross_entropy(logits, labels), torch.tensor([math.log(total) - 2, math.log(3)]))
+
+
+def test_relativistic_losses():
+    """Of pairs: log(1 + exp(other - own))."""
+    real, fake = torch.tensor([[-2.0], [0.0], [3.0]]), torch.tensor([[1.0], [0.0], [-1.0]])
+    expected = [math.log1p(math.exp(d)) for d in (3.0, 0.0, -4.0)], [math.log1p(math.exp(d)) for d in (-3.0, 0.0, 4.0)]
+    torch.testing.assert_close(losses.relativistic_discriminator(real, fake), torch.tensor(expected[0]))
+    torch.testing.assert_close(losses.relativistic_generator(real, fake), torch.tensor(expected[1]))
+
+
+def test_relativistic_losses_are_finite_for_huge_logits_and_see_differences_only():
+    real, fake = torch.tensor([[-1e4], [1e4]]), torch.tensor([[1e4], [-1e4]])
+    assert torch.equal(losses.relativistic_discriminator(real, fake), torch.tensor([2e4, 0.0]))
+    assert torch.equal(losses.relativistic_generator(real, fake), torch.tensor([0.0, 2e4]))
+    for loss in (losses.relativistic_discriminator, losses.relativistic_generator):
+        assert torch.equal(loss(LOGITS + 64, 2 * LOGITS + 64), loss(LOGITS, 2 * LOGITS))
+
+
+def test_relativistic_losses_have_two_derivatives():
+    """The first by hand: each side's is the sigmoid of how wrong it is, and of opposite sign for the two images."""
+    real, fake = LOGITS.double().requires_grad_(), (0.5 - LOGITS.double()).requires_grad_()
+    for loss, sign in ((losses.relativistic_discriminator, -1), (losses.relativistic_generator, 1)):
+        grads = torch.autograd.grad(loss(real, fake).sum(), [real, fake])
+        expected = sign * torch.sigmoid(sign * (real - fake)).detach()
+        torch.testing.assert_close(grads[0], expected)
+        torch.testing.assert_close(grads[1], -expected)
+        assert gradgradcheck(loss, (real, fake))
+
+
+def test_r2_is_of_generated_images_as_constants():
+    x = torch.randn(3, 2, 4, 5, requires_grad=True)
+    w = torch.randn(2, 4, 5, requires_grad=True)
+    penalty = losses.r2_penalty(x, (x * w).sum(dim=[1, 2, 3])[:, None])
+    torch.testing.assert_close(penalty, w.square().sum().expand(3))
+    torch.testing.assert_close(torch.autograd.grad(penalty.sum(), w)[0], 6 * w)
+    with pytest.raises(AssertionError, match="the discriminator's alone"):
+        losses.r2_penalty(2 * x, (2 * x * w).sum(dim=[1, 2, 3])[:, None])

@@ -54,6 +54,8 @@ class StyleGAN2Network(Section):
     """Size of the intermediate latent w."""
     mapping_layers: int = Field(default=8, ge=1)
     """Layers of the mapping network."""
+    discriminator_mapping_layers: int | None = Field(default=None, ge=0)
+    """Layers between label and projection in the discriminator; None: as many as in the mapping network."""
     channel_base: int = Field(default=32768, ge=4)
     """Channels times resolution, the same at every level ..."""
     channel_max: int = Field(default=512, ge=1)
@@ -444,7 +446,7 @@ class Run(Section):
             raise ValueError(
                 "msg shows the discriminator all sizes at once, so it does not grow: leave growth.start out"
             )
-        if self.recipe.kind == "r3gan" and (self.growth.start or self.growth.gpus):
+        if self.recipe.kind == "r3gan" and self.growth != Growth():
             raise ValueError("r3gan has schedules of its own and does not grow: leave growth out")
         wasserstein = isinstance(self.recipe, ProgressiveRecipe) and self.recipe.loss == "wgan-gp"
         if self.augment.kind != "none" and (self.network.kind == "msg" or wasserstein):
@@ -566,6 +568,48 @@ PRESETS: dict[str, Run] = {
             tick_kimg=1,
             checkpoint_kimg=10,
             snapshot_kimg=10,
+        ),
+        # Weights of the penalties, averages and augmentation as published for FFHQ at this size. (The groups of the
+        # augmentation and the length of the run are ours.)
+        Run(
+            preset="r3gan-256",
+            precision="bf16",
+            network=R3GANNetwork(),
+            recipe=R3GANRecipe(gamma=150.0, gamma_end=15.0),
+            augment=Augment(kind="fixed", p=0.3, warmup_kimg=20000.0),
+            ema=Ema(half_life_kimg=500.0, warmup_kimg=20000.0),
+            batch=256,
+        ),
+        Run(
+            preset="r3gan-64",
+            precision="bf16",
+            network=R3GANNetwork(),
+            recipe=R3GANRecipe(gamma=2.0, gamma_end=0.2),
+            augment=Augment(kind="fixed", p=0.3, warmup_kimg=20000.0),
+            ema=Ema(half_life_kimg=500.0, warmup_kimg=20000.0),
+            batch=256,
+        ),
+        # A small one for some minutes on a CPU, up to 64 px. It trains; nobody has tuned it.
+        Run(
+            preset="r3gan-cpu",
+            network=R3GANNetwork(channel_base=512, channel_max=128, blocks=1),
+            recipe=R3GANRecipe(lr=1e-3, lr_end=2.5e-4, gamma=1.0, gamma_end=0.1, decay_kimg=100.0),
+            ema=Ema(half_life_kimg=5.0, ramp=0.1),
+            batch=16,
+            total_kimg=100,
+            tick_kimg=1,
+            checkpoint_kimg=10,
+            snapshot_kimg=10,
+        ),
+        # R3GAN's loss and schedules on StyleGAN2's networks, without minibatch std, path lengths and mixing.
+        Run(
+            preset="stylegan2-r3gan-256",
+            precision="bf16",
+            network=StyleGAN2Network(channel_base=16384, mbstd_group=1),
+            recipe=R3GANRecipe(gamma=150.0, gamma_end=15.0),
+            augment=Augment(kind="fixed", p=0.3, warmup_kimg=20000.0),
+            ema=Ema(half_life_kimg=500.0, warmup_kimg=20000.0),
+            batch=256,
         ),
         # Schedules, batches, learning rates and averages as published, for 8 GPUs.
         Run(

@@ -21,6 +21,18 @@ def logistic_discriminator_real(real_logits: Tensor) -> Tensor:
     return F.softplus(-real_logits).flatten()
 
 
+def relativistic_generator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Relativistic pairing loss (Jolicoeur-Martineau 2018, "The relativistic discriminator"; Huang et al. 2024, "The
+    GAN is dead; long live the GAN!", section 2): each generated image is to look more real than the real one that it
+    is paired with. Logits [N, 1] each -> [N]."""
+    return F.softplus(real_logits - fake_logits).flatten()
+
+
+def relativistic_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """The discriminator's side of it, with the roles exchanged: logits [N, 1] each -> [N]."""
+    return F.softplus(fake_logits - real_logits).flatten()
+
+
 def r1_penalty(real: Tensor, real_logits: Tensor) -> Tensor:
     """Squared norm of the gradient of the logits with respect to the reals (Mescheder et al. 2018, eq. 9).
 
@@ -33,6 +45,13 @@ def r1_penalty(real: Tensor, real_logits: Tensor) -> Tensor:
     """
     (grad,) = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
     return grad.square().sum(dim=[1, 2, 3])
+
+
+def r2_penalty(fake: Tensor, fake_logits: Tensor) -> Tensor:
+    """The same with respect to generated images (Mescheder et al. 2018, eq. 10), which are constants: [N, C, H, W],
+    `requires_grad`, without a graph behind them. Logits [N, 1] -> [N]."""
+    assert fake.is_leaf, "the penalty is the discriminator's alone"
+    return r1_penalty(fake, fake_logits)
 
 
 def wasserstein_generator(fake_scores: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from ..config import MSGNetwork, ProgressiveNetwork, Run, StyleGAN1Network, StyleGAN2Network
-from . import msg, progressive, stylegan1, stylegan2
+from ..config import MSGNetwork, ProgressiveNetwork, R3GANNetwork, Run, StyleGAN1Network, StyleGAN2Network
+from . import msg, progressive, r3gan, stylegan1, stylegan2
 
 LOW_PRECISION = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,6 +29,9 @@ def build(run: Run, width: int, height: int, img_channels: int, c_dim: int) -> t
         torch.manual_seed(run.seed)
         if isinstance(n, ProgressiveNetwork):
             return progressive.Generator(z_dim=n.z_dim, **both), progressive.Discriminator(**group, **both)
+        if isinstance(n, R3GANNetwork):
+            both |= {"blocks": n.blocks, "expansion": n.expansion, "group_width": n.group_width}
+            return r3gan.Generator(z_dim=n.z_dim, **both), r3gan.Discriminator(**both)
         style = {
             "z_dim": n.z_dim, "w_dim": n.w_dim, "mapping_layers": n.mapping_layers, "use_noise": n.noise,
         }  # fmt: skip
@@ -36,7 +39,8 @@ def build(run: Run, width: int, height: int, img_channels: int, c_dim: int) -> t
             generator = stylegan1.Generator(latent_input=n.latent_input, **style, **both)
             return generator, stylegan1.Discriminator(**group, **both)
         assert isinstance(n, StyleGAN2Network)
-        group |= {"mapping_layers": n.mapping_layers}
+        its = n.discriminator_mapping_layers
+        group |= {"mapping_layers": n.mapping_layers if its is None else its}
         if isinstance(n, MSGNetwork):
             return msg.Generator(**style, **both), msg.Discriminator(**group, **both)
         grows = run.growth.start > 0

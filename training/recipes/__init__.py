@@ -5,6 +5,7 @@ import torch
 from ..config import Run
 from .msg import MSG
 from .progressive import Progressive
+from .r3gan import R3GAN
 from .recipe import Recipe
 from .stylegan1 import StyleGAN1
 from .stylegan2 import StyleGAN2
@@ -14,6 +15,7 @@ RECIPES: dict[str, type[Recipe]] = {
     "msg": MSG,
     "stylegan1": StyleGAN1,
     "progressive": Progressive,
+    "r3gan": R3GAN,
 }
 
 
