@@ -24,6 +24,7 @@ COMMANDS = {
     "project": "find the latents whose image is most like a picture",
     "average": "averages of other widths from those in a run's snapshots",
     "evaluate": "measure a snapshot: FID, KID, Inception Score, precision and recall, path length",
+    "convert": "read official StyleGAN2 weights, or write a snapshot's generator as an ONNX model",
     "bench": "time the ops, training phases or reading data, against what this machine can do",
     "doctor": "show what this machine has, each op's path and why",
 }

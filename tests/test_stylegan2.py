@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from styleloom.ops.upfirdn2d import upsample2d
-from styleloom.training import losses
+from styleloom.training import losses, official
 from styleloom.training.networks.growing import CLAMP, start_size, truncate
 from styleloom.training.networks.stylegan2 import Discriminator, Generator, Synthesis
 
@@ -22,10 +22,9 @@ def golden(name):
 
 
 def load(network, prefix):
-    """Loads the official state: ours has no filters in it, and noise strengths of shape (1,) for ()."""
-    own = network.state_dict()
-    state = {k[2:]: golden(k) for k in GOLDEN if k.startswith(prefix) and not k.endswith("resample_filter")}
-    network.load_state_dict({k: v.reshape(own[k].shape) for k, v in state.items()})
+    """Loads the official state."""
+    state = {k[2:]: golden(k) for k in GOLDEN if k.startswith(prefix)}
+    network.load_state_dict(official.adapt(state, network.state_dict()))
     return network
 
 

@@ -113,7 +113,7 @@ class SynthesisBlock(nn.Module):
     def _start(self, w: Tensor, dtype: torch.dtype) -> Tensor:
         if self.latent_input:
             return self.input(w, dtype)
-        y = self.const.to(dtype)[None].expand(len(w), -1, -1, -1)
+        y = self.const.to(dtype)[None].expand(w.shape[0], -1, -1, -1)
         return y.contiguous(memory_format=memory_format(y.device))
 
 

@@ -119,7 +119,7 @@ class SynthesisBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """ws [N, num_conv + 1, w_dim]: one w a convolution, the last for ToRGB. `alpha`: weight of its part."""
         if self.first:
-            y = self.const.to(dtype)[None].expand(len(ws), -1, -1, -1)
+            y = self.const.to(dtype)[None].expand(ws.shape[0], -1, -1, -1)
             y = y.contiguous(memory_format=memory_format(y.device))
         else:
             assert x is not None
