@@ -1,6 +1,7 @@
 """`styleloom evaluate SNAPSHOT --data DATASET --metrics fid,kid,is,pr,ppl`"""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -46,8 +47,8 @@ class Arguments:
     images: int = 50_000
     """Generated images, and real ones at most: of more, a fixed random choice. For ppl: steps."""
     inception: Path | None = None
-    """The feature network's file; by default inception-2015-12-05.pt or default_1.pt in networks/ in STYLELOOM_CACHE or
-    ~/.cache/styleloom."""
+    """The feature network's file (a TorchScript program: take it only from whom you trust); by default
+    inception-2015-12-05.pt or default_1.pt in networks/ in STYLELOOM_CACHE or ~/.cache/styleloom."""
     lpips: Path | None = None
     """The perceptual network's file, for ppl; by default vgg16.pt in the same folder."""
     resize: Literal["clean", "legacy"] = "clean"
@@ -81,7 +82,8 @@ def main(args: Sequence[str]) -> int | None:
     data = open_images(options.data, options.images, options.mirror)
     subjects = [open_subject(place, options, data, team.device) for place in options.snapshots]
     for each in subjects:
-        check_metrics(names, inception, min(each.count, data.count if OF_REALS & set(names) else each.count))
+        check_metrics(names, inception, each.count)
+        check_metrics([name for name in names if name in OF_REALS], None, data.count)
         if "ppl" in names and not isinstance(each, Drawn):
             raise ValueError(f"ppl is measured of a snapshot, and {each.place} holds pictures: leave it out")
         if each.note and team.main:
@@ -105,6 +107,8 @@ def check_options(options: Arguments, names: list[str]) -> None:
         raise ValueError("name a snapshot's or a run's folder, or a folder of pictures")
     if options.batch < 1:
         raise ValueError("--batch is at least 1")
+    if not math.isfinite(options.truncation):
+        raise ValueError("--truncation is a number such as 0.7")
     if not 0 <= options.seed < 2**32:
         raise ValueError("--seed is 0 to 2^32 - 1")
 

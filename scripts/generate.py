@@ -2,6 +2,8 @@
 
 import math
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +153,9 @@ def parse_psis(text: str) -> list[float]:
 
 
 def check_psis(G: Generator, psis: list[float]) -> None:
-    """Says so where truncation changes nothing. Raises ValueError if several of them would not."""
+    """Says so where truncation changes nothing. Raises ValueError if several of them would not, or one is no number."""
+    if not all(map(math.isfinite, psis)):
+        raise ValueError("--truncation is a number such as 0.7")
     if not G.has_w and len(psis) > 1:
         raise ValueError("this kind of generator has no w, so all --truncation are the same: leave it out")
     if not G.has_w and psis != [1]:
@@ -252,8 +256,9 @@ def spread(w: Tensor, G: Generator) -> Tensor:
 def read_latents(path: Path, space: str, G: Generator) -> Tensor:
     """fp32 tensor of a .npy file. Raises ValueError if it is not latents of this generator."""
     try:
-        x = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with open(path, "rb") as file:  # which numpy would leave open if it is no whole archive
+            x = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"cannot read the latents {path}: {error}") from None
     if not isinstance(x, np.ndarray):
         raise ValueError(f"{path} is an archive of arrays: save the latents alone, with numpy.save")
@@ -276,9 +281,9 @@ def read_noise_maps(path: Path, G: Generator, count: int) -> list[Tensor]:
     `count` images."""
     sizes = [(count, 1, *size) for size in G.synthesis.sizes]
     try:
-        with np.load(path, allow_pickle=False) as file:
-            maps = [file[name] for name in sorted(file.files)]
-    except (OSError, ValueError, EOFError, AttributeError, TypeError) as error:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            maps = [archive[name] for name in sorted(archive.files)]
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"cannot read the noise maps {path}: {error}") from None
     if [x.shape for x in maps] != sizes or not all(np.issubdtype(x.dtype, np.floating) for x in maps):
         raise ValueError(f"{path} does not hold {len(sizes)} noise maps for {count} images of this generator")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from styleloom.scripts.cli import parse, run
 from styleloom.scripts.generate import (
     Drawing,
+    check_psis,
     one_class,
     open_generator,
     parse_seeds,
@@ -55,6 +56,7 @@ def main(args: Sequence[str]) -> int | None:
     generator, about, folder = open_generator(options)
     if not generator.has_w:
         raise ValueError("this kind of generator has no w, so there are no styles to mix")
+    check_psis(generator, [options.truncation])
     layers = parse_layers(options.styles, generator.num_ws)
     classes = one_class(options.class_, about["class_names"])
     sources = [latents(generator, seeds, classes, about["class_names"], options) for seeds in (rows, cols)]

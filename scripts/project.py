@@ -201,6 +201,8 @@ def write(
         }
         with whole_file(options.out / "noise.npz") as path, open(path, "wb") as file:
             np.savez(file, **maps)
+    else:
+        (options.out / "noise.npz").unlink(missing_ok=True)  # of a search before this one
     images = np.concatenate([some["images"] for some in results])
     names = [path.name for path in options.images]
     with whole_file(options.out / "proj.png") as path:

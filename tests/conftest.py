@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,18 @@ def assert_same_run(stats, assert_same_tensors):
             assert (a / "samples" / name).read_bytes() == (b / "samples" / name).read_bytes()
 
     return assert_same_run
+
+
+@pytest.fixture(scope="session")
+def feature_network(tmp_path_factory) -> Path:
+    """The file of a small network in the place of Inception."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten(), torch.nn.Linear(48, 6))
+    path = tmp_path_factory.mktemp("networks") / "small.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated, but the published networks come as it
+        torch.jit.save(torch.jit.trace(network.eval(), torch.zeros(1, 3, 299, 299)), str(path))
+    return path
 
 
 @pytest.fixture(scope="session")

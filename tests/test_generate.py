@@ -228,6 +228,10 @@ def test_noise_maps(folder, draw, refused, tmp_path):
     assert f"does not hold {len(maps)} noise maps for 3 images" in complaint
     (tmp_path / "noise.npz").write_bytes(b"PK")
     assert "cannot read the noise maps" in refused(generate.main, folder, "--out", tmp_path / "out", *options)
+    (tmp_path / "noise.npz").write_bytes(b"PK\x03\x04 and no archive")
+    assert "cannot read the noise maps" in refused(generate.main, folder, "--out", tmp_path / "out", *options)
+    options = ["--latents", tmp_path / "noise.npz"]
+    assert "cannot read the latents" in refused(generate.main, folder, "--out", tmp_path / "out", *options)
 
 
 def test_an_archive_is_no_latents(folder, refused, tmp_path):

@@ -405,6 +405,16 @@ def test_init_without_a_snapshot_is_refused(unlabelled, arguments, refused, tmp_
     assert f"there is no snapshot in {tmp_path}" in complaint
 
 
+@pytest.mark.parametrize("more", [["--ema.ramp=0.05"], ["--ema.warmup-kimg=20000"]])
+def test_the_average_of_a_snapshot_is_not_forgotten_at_once(whole, unlabelled, settings, more):
+    training = Training(settings(unlabelled, "", f"--init={whole}", "--ema.half-life-kimg=10", *more), Team())
+    training.begin()
+    before = training.average.get_parameter("mapping.fc0.weight").clone()
+    training.step(*next(training.stream()))
+    after, live = (x.get_parameter("mapping.fc0.weight") for x in (training.average, training.recipe.G))
+    assert (after - before).norm() < 0.01 * (live - before).norm()
+
+
 def test_init_from_a_snapshot_that_does_not_fit_is_refused(whole, pictures, arguments, refused, tmp_path):
     """What else does not fit is left out: see test_initialise.py."""
     prepare(open_source(pictures, "none"), tmp_path / "data", width=24, height=24, progress=False)

@@ -114,6 +114,7 @@ def test_classes(tmp_path, settings, mixed, refused):
         ("--rows=a", "--rows 'a': give numbers and ranges"),
         ("--cols=", "--cols ''"),
         ("--batch=0", "--batch"),
+        ("--truncation=nan", "--truncation is a number"),
         ("--truncation-cutoff=-1", "--truncation-cutoff"),
         ("--out=a.jpg", "name a .png file"),
     ],

@@ -278,6 +278,34 @@ def test_networks_of_other_shapes(convert, network, name, value, complaint):
         convert(changed(network, name, value))
 
 
+def test_tensors_that_share_their_numbers(convert):
+    """A small file whose copies would fill the memory."""
+    tensors, shared = golden_tensors("G/"), torch.zeros(1 << 14)
+    file = foreign.pytorch_file(tensors, golden_tensors("D/"))
+    its = file["G_ema"].state["_modules"]["mapping"].state["_buffers"]
+    its |= {f"x{i}": shared for i in range(500)}
+    with pytest.raises(ValueError, match="its tensors share their numbers"):
+        convert(foreign.dump(file))
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"), [("x" * 101, "a name of more than 100 letters"), ("\x1b[2J", r"a tensor is called '.*\\x1b")]
+)
+def test_names_that_do_not_do(convert, name, complaint):
+    file = foreign.pytorch_file(golden_tensors("G/"), golden_tensors("D/"))
+    file["G_ema"].state["_modules"]["mapping"].state["_buffers"][name] = torch.zeros(1)
+    with pytest.raises(ValueError, match=complaint):
+        convert(foreign.dump(file))
+
+
+def test_a_group_that_no_batch_has(convert):
+    file = foreign.pytorch_file(
+        golden_tensors("G/"), golden_tensors("D/"), D_b4__mbstd={"group_size": 10**7, "num_channels": 1}
+    )
+    with pytest.raises(ValueError, match="mbstd_group_size is 10000000"):
+        convert(foreign.dump(file))
+
+
 def test_minibatch_std_over_the_whole_batch(convert):
     file = foreign.pytorch_file(
         golden_tensors("G/"), golden_tensors("D/"), D_b4__mbstd={"group_size": None, "num_channels": 1}

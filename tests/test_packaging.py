@@ -1,5 +1,6 @@
 """The folders' unusual mapping: what is in the wheel, and that nothing of ours shadows a library."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -64,12 +65,19 @@ def test_wheel_has_licence_and_entry_point(wheel: set[str]) -> None:
     assert any(name.endswith("entry_points.txt") for name in wheel)
 
 
-def test_every_command_is_a_module_with_main() -> None:
-    from styleloom.scripts.cli import COMMANDS
+def test_every_command_is_a_module_with_main(capsys: pytest.CaptureFixture[str]) -> None:
+    from styleloom.scripts.cli import COMMANDS, run
 
     for name in COMMANDS:
-        out = subprocess.run(
-            [sys.executable, "-m", f"styleloom.scripts.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
-        )
-        assert out.returncode == 0, out.stderr
-        assert f"styleloom {name}" in out.stdout
+        module = importlib.import_module(f"styleloom.scripts.{name}")
+        with pytest.raises(SystemExit) as stop:
+            run(module.main, name, ["--help"])
+        assert not stop.value.code
+        assert f"styleloom {name}" in capsys.readouterr().out
+        last = Path(module.__file__ or "").read_text().rstrip().splitlines()[-2:]
+        assert last == ['if __name__ == "__main__":', f'    run(main, "{name}")']
+    out = subprocess.run(
+        [sys.executable, "-m", "styleloom.scripts.inspect", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert out.returncode == 0, out.stderr
+    assert "styleloom inspect" in out.stdout

@@ -64,6 +64,14 @@ def inputs_of(network, monkeypatch):
     return seen
 
 
+def test_labels_are_as_frequent_as_in_the_data():
+    built = build(Run(batch=4, **RUNS["stylegan2"]), 16, 16, 3, [10, 0, 30], CPU)
+    labels = built.labels(Draws(0, "labels", range(2000)))
+    assert labels.shape == (2000, 3)
+    assert labels.sum(dim=0).tolist() == pytest.approx([500, 0, 1500], abs=80)
+    assert torch.equal(labels.sum(dim=1), torch.ones(2000))
+
+
 @pytest.mark.parametrize("kind", RUNS)
 def test_without_augmentation_the_discriminator_sees_images_as_they_are(kind, monkeypatch):
     r = recipe(kind)

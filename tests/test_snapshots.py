@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from styleloom.scripts import train
+from styleloom.scripts import evaluate, train
 from styleloom.training import report
 from styleloom.training.checkpoint import complete, find_snapshot
 from styleloom.training.distributed import Team
@@ -84,6 +84,60 @@ def test_the_best_snapshot_of_a_run_is_kept_and_found(unlabelled, arguments, tmp
     assert set(scores(kept)) == {best, max(scored)}
     lines = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
     assert [line["swd"] for line in lines if "swd" in line] == pytest.approx(list(scored.values()))
+
+
+def test_a_run_is_measured_as_it_goes(unlabelled, arguments, feature_network, call, tmp_path):
+    """Each snapshot by what `evaluate` says of it, the best one by that; in between by fewer images."""
+    out, cache = tmp_path / "out", tmp_path / "cache"
+    measured = [f"--metrics.inception={feature_network}", f"--metrics.cache={cache}", "--metrics.names", "fid", "kid"]
+    more = ["--metrics.images=24", "--metrics.tick-images=12", "--metrics.tick-kimg=0.024", "--total-kimg=0.056"]
+    assert train.main(arguments(unlabelled, out, *measured, *more)) == 0
+    lines = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
+    assert [line["nimg"] for line in lines if "fid-12" in line] == [24, 48]
+    found = [line["fid-24"] for line in lines if "fid-24" in line]
+    assert found == list(scores(out).values())
+    assert len(found) == 2
+    assert find_snapshot(out / "snapshots" / "best").name == min(scores(out), key=scores(out).__getitem__)
+    assert not list(cache.glob("fakes-*"))
+    options = ["--images=24", f"--inception={feature_network}", f"--cache={cache}", "--metrics=fid,kid"]
+    status, said, _ = call(evaluate.main, out, f"--data={unlabelled}", *options)
+    assert status == 0
+    its = {line["metric"]: line for line in map(json.loads, said.splitlines())}
+    assert its["fid"]["value"] == pytest.approx(found[-1], rel=1e-4)
+    assert its["kid"]["value"] == pytest.approx(lines[-1]["kid-24"], rel=1e-3)
+    assert its["fid"]["network"] == "stand-in small.pt"
+
+
+def test_a_network_that_is_not_there_is_told_before_training(unlabelled, arguments, refused, tmp_path):
+    its = arguments(unlabelled, tmp_path / "out", f"--metrics.inception={tmp_path / 'none.pt'}")
+    assert "there is no feature network" in refused(train.main, *its)
+    assert "--metrics.inception of train" in refused(train.main, *its, "--dry-run")
+
+
+def test_metrics_give_way_to_a_signal(settings, unlabelled, feature_network, tmp_path):
+    its = [f"--metrics.inception={feature_network}", "--metrics.images=24", f"--metrics.cache={tmp_path}"]
+    training, signals = Training(settings(unlabelled, "", *its), Team()), [True]
+    snapshots = Snapshots(training, stopped=lambda: bool(signals))
+    assert snapshots.scored() == (None, "fid-24")
+    signals.clear()
+    score, _ = snapshots.scored()
+    assert score is not None
+    assert score > 0
+
+
+def test_snapshots_hold_the_averages_of_the_state(unlabelled, arguments, tensors, tmp_path):
+    out = tmp_path / "out"
+    its = ["--snapshot-kimg=0.02", "--total-kimg=0.02", "--ema.sigma-rel", "0.05", "0.2"]
+    assert train.main(arguments(unlabelled, out, *its)) == 0
+    (snapshot,), (state,) = complete(out / "snapshots"), complete(out / "checkpoints")
+    assert json.loads((snapshot / "snapshot.json").read_text())["phema"] == [0.05, 0.2]
+    shown, held = tensors(snapshot), tensors(state)
+    for width in ("0.050", "0.200"):
+        names = [name for name in held if name.startswith(f"G_phema-{width}/")]
+        assert len(names) > 10
+        assert all(torch.equal(held[name], shown[name.removeprefix("G_")]) for name in names)
+    weight = "synthesis.b16.conv1.weight"
+    assert not torch.equal(shown[f"phema-0.050/{weight}"], shown[f"phema-0.200/{weight}"])
 
 
 def stop_at(monkeypatch, nimg: int) -> None:

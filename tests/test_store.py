@@ -1,11 +1,12 @@
 """training/metrics/store.py: what was written comes back, and what is spoilt does not."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from styleloom.training.metrics.store import Store, retain
+from styleloom.training.metrics.store import Store, delete_abandoned, retain
 
 
 def rows(n, width=3):
@@ -68,6 +69,29 @@ def test_strange_names_are_no_parts(store):
     for name in ("000003.npy", "x.npy", "000001.npy.abc.tmp"):
         (store.parts / name).write_bytes(b"")
     assert store.there() == [0]
+
+
+def test_a_part_of_what_another_process_has_finished(store, monkeypatch):
+    """It has the whole, and has deleted the folder of parts while this one writes into it."""
+    mkdir = Path.mkdir
+
+    def and_gone(self, *args, **options):
+        mkdir(self, *args, **options)
+        store.delete_parts()
+
+    monkeypatch.setattr(Path, "mkdir", and_gone)
+    store.save_part(0, rows(4))
+    monkeypatch.undo()
+    assert store.there() == []
+
+
+def test_parts_that_nobody_goes_on_with_go(tmp_path):
+    old, new = (Store(tmp_path, name, 2, 2) for name in ("fakes-a", "fakes-b"))
+    for each in (old, new):
+        each.save_part(0, rows(2))
+    os.utime(old.parts, (0, 0))
+    delete_abandoned(tmp_path)
+    assert (old.there(), new.there()) == ([], [0])
 
 
 def test_only_the_last_used_stay(tmp_path):

@@ -119,6 +119,7 @@ def test_a_changed_shard_that_was_not_hashed_is_found_when_read(arguments, refus
 def test_a_bad_sample_is_replaced_counted_and_told(arguments, call, data, out):
     name = flip(data)
     more = ["--data.verify=size", "--data.max-bad=0.5", "--total-kimg=0.096"]  # more than two epochs
+    more += ["--health.images=4"]  # of which the bad one is none
     status, text, err = call(train.main, *arguments(data, out, *more))
     assert status == 0
     assert err.count(f"{name}, row 2 (00000011.png): its bytes are not those that were indexed") == 1

@@ -183,6 +183,7 @@ def test_without_ffmpeg(tmp_path, monkeypatch):
     [
         ("a.avi", 30, ".mp4, .gif or .webp"),
         ("a.mp4", 0, "--fps 0"),
+        ("a.gif", 0.001, "is not 0.01 to 1000"),
         ("a.mp4", float("nan"), "--fps nan"),
         ("a.gif", 60, "at most 50"),
         ("full", 30, "is there already"),

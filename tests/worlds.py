@@ -31,6 +31,8 @@ def in_double() -> None:
         init(self, run, team)
         for network in [*self.recipe.networks.values(), self.average]:
             network.double()
+        for average in self.averages.values():
+            average |= {name: x.double() for name, x in average.items()}
         if isinstance(self.recipe, StyleGAN2):
             self.recipe.pl_mean = self.recipe.pl_mean.double()
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..datasets.manifest import write_atomically
+from . import phema
 
 
 class Section(BaseModel):
@@ -242,6 +243,18 @@ class Augment(Section):
     interval: int = Field(default=4, ge=1)
     """Of ada: iterations from one change of p to the next."""
 
+    @model_validator(mode="after")
+    def _does_something(self) -> "Augment":
+        if self.kind == "fixed" and not self.p:
+            raise ValueError("augment.kind fixed with augment.p 0 changes nothing: give --augment.p")
+        if self.p and self.kind in ("none", "diffaugment"):
+            raise ValueError(
+                f"augment.p has no effect with augment.kind {self.kind}: take ada or fixed, or leave p out"
+            )
+        if (self.kind in ("ada", "fixed") and not self.pipe) or (self.kind == "diffaugment" and not self.policy):
+            raise ValueError(f"augment.kind {self.kind} without any transform changes nothing: name some")
+        return self
+
 
 class Growth(Section):
     start: int = Field(default=0, ge=0)
@@ -275,21 +288,22 @@ class Ema(Section):
     half_life_kimg: float = Field(default=10.0, ge=0)
     """Thousands of images after which a weight's influence on the averaged generator has halved."""
     ramp: float | None = Field(default=None, gt=0)
-    """Limit the half-life to this fraction of the images shown so far."""
+    """Limit the half-life to this fraction of the images shown so far; not with `init`."""
     decay: float | None = Field(default=None, ge=0, lt=1)
     """Instead of both: what the average keeps of itself at each step, whatever the batch."""
     warmup_kimg: float = Field(default=0.0, ge=0)
-    """Let the half-life rise from 0 to its value over so many thousand images, along half a cosine."""
+    """Let the half-life rise from 0 to its value over so many thousand images, along half a cosine; not with `init`."""
     sigma_rel: tuple[float, ...] = (0.05, 0.1)
     """Relative widths of averages that are kept beside it in every snapshot, and from which `styleloom average` makes
     one of any width after the training; each takes a generator's memory. None are kept without a width."""
 
     @model_validator(mode="after")
     def _has_widths(self) -> "Ema":
-        # The width of a uniform average is 1 / sqrt(12) (Karras et al. 2024, "Analyzing and Improving the Training
-        # Dynamics of Diffusion Models", section 3.1): a power function has less.
-        if any(not 0 < width < 12**-0.5 for width in self.sigma_rel) or len(set(self.sigma_rel)) < len(self.sigma_rel):
-            raise ValueError(f"sigma_rel {self.sigma_rel}: widths are different ones between 0 and 0.288")
+        names = {phema.name(width) for width in self.sigma_rel}  # as which they are kept
+        if any(not 0 < width < phema.WIDEST for width in self.sigma_rel) or len(names) < len(self.sigma_rel):
+            raise ValueError(
+                f"sigma_rel {self.sigma_rel}: widths lie between 0 and 0.288 and differ within three decimals"
+            )
         return self
 
 
@@ -436,10 +450,12 @@ class Run(Section):
         group = self.network.mbstd_group
         for batch in (self.batch, *(batch for _, batch in self.growth.batch)):
             if batch % (group * self.passes):
-                raise ValueError(
-                    f"batch {batch} in {self.passes} passes does not divide into minibatch-std groups of {group}: "
-                    "change batch, passes or network.mbstd_group"
-                )
+                what = "whole images: change batch or passes"
+                if group > 1:
+                    what = f"minibatch-std groups of {group}: change batch, passes or network.mbstd_group"
+                raise ValueError(f"batch {batch} in {self.passes} passes does not divide into {what}")
+        if self.network.kind == "stylegan1" and self.network.discriminator_mapping_layers is not None:
+            raise ValueError("the discriminator of stylegan1 has no mapping: leave discriminator_mapping_layers out")
         if self.network.kind not in TRAINS.get(self.recipe.kind, (self.recipe.kind,)):
             raise ValueError(f"recipe {self.recipe.kind} does not train networks of kind {self.network.kind}")
         if self.network.kind == "msg" and self.growth.start:

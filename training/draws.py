@@ -51,6 +51,12 @@ class Draws:
             row.uniform_(generator=generator)
         return out
 
+    def labels(self, ends: Tensor) -> Tensor:
+        """One-hot fp32 [n, classes] of classes drawn in proportion to their counts, of which `ends` [classes], fp64 on
+        the same device, are the running sums."""
+        numbers = torch.searchsorted(ends, self.uniform().double() * ends[-1], right=True)
+        return torch.nn.functional.one_hot(numbers, len(ends)).float()
+
     def noise_maps(self, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """One fp32 [n, 1, H, W] of unit normal noise for each (H, W)."""
         lengths = [h * w for h, w in sizes]

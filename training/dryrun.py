@@ -18,6 +18,7 @@ from .loop import say
 from .phases import Batch, Phase, run_phase
 from .report import duration
 from .schedule import Stage
+from .snapshots import evaluation_of
 from .trainer import Training
 
 MEASURED = 2  # runs of every phase, after a first one
@@ -41,6 +42,7 @@ def dry_run(run: Run, team: Team) -> int:
     """Prints the plan of a run and writes nothing. Raises ValueError where training would (but needs no `out`)."""
     training = Training(run, team)
     training.begin()
+    evaluation_of(training)
     for line in describe(training):
         say(team, line)
     estimates: dict[int, Estimate] = {}  # by level
@@ -141,7 +143,7 @@ def schedule_of(training: Training) -> list[str]:
         steps = math.ceil((end - nimg) / stage.batch)
         lines.append(
             f"          {nimg / 1000:g} to {end / 1000:g} kimg at {where}: {steps:,} iterations of {stage.batch} "
-            f"images ({each} on each process), lr {stage.lr:g}."
+            f"images ({each} on each process), {training.recipe.lr_text(stage.lr)}."
         )
     return lines
 

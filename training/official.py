@@ -56,6 +56,7 @@ def read(path: Path, generator_only: bool = False) -> Official:
     about = unpickle.load(path)
     try:
         G, D, source, notes = published.parts(about, generator_only)
+        check_held([part for part in (G, D) if part], path.stat().st_size)
         run, size, c_dim = _describe(G, D)
         wide = run.model_copy(update={"precision": "fp32"})  # its precision is what training goes on in
         generator, discriminator = build(wide, size, size, G.matrix("synthesis.b4.torgb.weight")[0], c_dim)
@@ -71,6 +72,16 @@ def read(path: Path, generator_only: bool = False) -> Official:
     with open(path, "rb") as file:
         source |= {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
     return Official(run, generator, discriminator, D is not None, 1000 * int(match[1]) if match else 0, source, notes)
+
+
+def check_held(parts: Sequence[Part], size: int) -> None:
+    """Raises ValueError if networks hold more numbers than a file of so many bytes: if many tensors are views of the
+    same ones, of which copies would exhaust the memory. Or if names would not do for files of ours."""
+    if sum(x.nbytes for part in parts for x in part.tensors.values()) > size:
+        raise ValueError("its tensors share their numbers, as those of networks do not")
+    for name in (name for part in parts for name in part.tensors):
+        if not re.fullmatch(r"[\w.]{1,200}", name, re.ASCII):
+            raise ValueError(f"a tensor is called {published.shown(name)}")
 
 
 def write(official: Official, out: Path) -> None:
@@ -91,9 +102,15 @@ def write(official: Official, out: Path) -> None:
             (fresh / "discriminator.safetensors").unlink()
         about = json.loads((fresh / "snapshot.json").read_text())
         (fresh / "snapshot.json").write_text(json.dumps(about | {"source": official.source}, indent=1) + "\n")
+        old = Path(folder) / "old"
         if out.exists():
-            shutil.move(out, Path(folder) / "old")
-        fresh.rename(out)
+            shutil.move(out, old)
+        try:
+            fresh.rename(out)
+        except OSError:
+            if old.exists():
+                shutil.move(old, out)
+            raise
 
 
 def adapt(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -246,7 +263,8 @@ def _clamp_notes(G: Part, D: Part | None, generator: Any, discriminator: Any) ->
     n = max(discriminator.b4.mbstd_group, 1)
     n *= math.ceil(PROBES / n)
     z = Draws(0, "convert", range(n)).normal(generator.z_dim)
-    c = torch.eye(generator.c_dim)[torch.arange(n) % generator.c_dim] if generator.c_dim else None
+    c_dim = generator.c_dim
+    c = nn.functional.one_hot(torch.arange(n) % c_dim, c_dim).float() if c_dim else None
     images, peak = _watched(generator, lambda: generator(z, c))
     notes = [_clamp_note(G, peak)] if G.clamp else []
     if D and D.clamp:

@@ -17,6 +17,8 @@ from .unpickle import Array, Record
 
 FILTER = np.array([1, 3, 3, 1])
 DEEPEST = 8  # modules in modules
+LONGEST = 100  # letters of a name
+MOST_GROUP = 1024  # images of a minibatch standard deviation
 
 _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 2, 100, 100
@@ -86,7 +88,7 @@ def parts(about: Any, generator_only: bool) -> tuple[Part, Part | None, dict[str
     else:
         raise ValueError("it holds neither (G, D, Gs) of the TensorFlow code nor G_ema and D of the PyTorch code")
     left += ["D"] * (len(found) == 1)
-    notes = [f"not taken: {', '.join(str(key)[:40] for key in left[:9])}"] if left else []
+    notes = [f"not taken: {', '.join(ascii(str(key)[:40])[1:-1] for key in left[:9])}"] if left else []
     return found[0], found[1] if len(found) > 1 else None, source, notes
 
 
@@ -136,8 +138,16 @@ def _modules(top: Record, what: str) -> dict[str, Record]:
         below = record.state.get("_modules", {})
         if not isinstance(below, dict):
             raise ValueError(f"{what}: its modules are no tree of modules ({shown(path)})")
+        _check_names(below, what)
         waiting += [(f"{path}.{name}" if path else str(name), x) for name, x in below.items() if x is not None]
     return found
+
+
+def _check_names(values: dict[Any, Any], what: str) -> None:
+    """Raises ValueError for a name that is too long: each is copied in front of those below it."""
+    for name in values:
+        if type(name) is str and len(name) > LONGEST:
+            raise ValueError(f"{what}: a name of more than {LONGEST} letters ({shown(name)})")
 
 
 def _tensors_of(record: Record, what: str) -> dict[str, np.ndarray]:
@@ -147,6 +157,7 @@ def _tensors_of(record: Record, what: str) -> dict[str, np.ndarray]:
         values = record.state.get(kind, {})
         if not isinstance(values, dict):
             raise ValueError(f"{what}: {kind} of a {shown(record.kind)} are no dictionary")
+        _check_names(values, what)
         for name, x in values.items():
             if x is not None:
                 found[str(name)] = _values(x, f"{what}: {shown(name)}")
@@ -209,8 +220,8 @@ def _group(part: Part, size: Any, features: Any) -> int | None:
         return 1
     if features != 1:
         raise part.refuse("mbstd_num_channels", features, 1)
-    if size is not None and (type(size) is not int or size < 1):
-        raise part.refuse("mbstd_group_size", size, "a number above 0")
+    if size is not None and (type(size) is not int or not 1 <= size <= MOST_GROUP):
+        raise part.refuse("mbstd_group_size", size, f"1 to {MOST_GROUP}")
     return size
 
 

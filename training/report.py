@@ -21,7 +21,7 @@ _moments: dict[str, Tensor] = {}
 @torch.no_grad()
 def report(name: str, values: Tensor | float) -> None:
     """Adds values of any shape to the statistic `name`. Cheap: nothing is synchronised before `collect`."""
-    x = torch.as_tensor(values).detach().double().flatten()
+    x = torch.as_tensor(values, dtype=torch.float64).detach().flatten()
     moments = torch.stack([torch.full([], x.numel(), dtype=x.dtype, device=x.device), x.sum(), x.square().sum()])
     if name in _moments:
         moments = moments + _moments[name].to(moments.device)

