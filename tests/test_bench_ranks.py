@@ -21,6 +21,7 @@ NETWORK = StyleGAN2Network(z_dim=8, w_dim=8, mapping_layers=1, channel_base=64)
 RUN = Run(batch=4, network=NETWORK)
 
 
+@pytest.mark.slow
 def test_two_ranks_beside_one_and_two_apart(call, tmp_path):
     file = tmp_path / "ranks.json"
     status, out, err = call(bench.main, "model", *SMALL, "--ranks", 2, "--workers", 0, "--json", file)

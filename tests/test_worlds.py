@@ -161,6 +161,7 @@ def last(run: Path) -> Path:
     return complete(run / "checkpoints")[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_ranks_grows_the_same_networks(grown, ranks):
     one, other = (complete(grown / name / "checkpoints") for name in ("g1", f"g{ranks}"))
@@ -170,6 +171,7 @@ def test_any_number_of_ranks_grows_the_same_networks(grown, ranks):
     assert not torch.equal(load(one[0])[0]["D"]["b4.conv.weight"], load(one[-1])[0]["D"]["b4.conv.weight"])
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_exactly_in_the_midst_of_a_fade(grown, assert_same_run):
     assert f"Going on from {grown}/again-2/checkpoints/nimg-{FADING:09d}" in (grown / "said.txt").read_text()
     assert_same_run(
@@ -177,6 +179,7 @@ def test_two_ranks_go_on_exactly_in_the_midst_of_a_fade(grown, assert_same_run):
     )
 
 
+@pytest.mark.slow
 def test_a_dry_run_on_two_ranks(grown):
     said = (grown / "said.txt").read_text()
     for text in ("5 iterations of 24 images (12 on each process)", "At 4 px on cpu", "At 16 px on cpu"):
@@ -184,10 +187,12 @@ def test_a_dry_run_on_two_ranks(grown):
     assert not (grown / "dry").exists()
 
 
+@pytest.mark.slow
 def test_a_fade_of_two_ranks_goes_on_with_three(grown):
     assert furthest(last(grown / "from-2-on-3"), last(grown / "g2")) < 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["overlap", "zero-1", "zero-2", "zero-1-on-3"])
 def test_every_strategy_grows(grown, name):
     """With new engines (or buckets) at each stage, for what is at work; also gone on with on other ranks and stages."""
