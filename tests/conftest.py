@@ -23,6 +23,7 @@ from styleloom.datasets.sources import open_source
 from styleloom.ops import build as ops_build
 from styleloom.scripts.cli import run
 from styleloom.scripts.train import read_settings
+from styleloom.training import report
 from styleloom.training.checkpoint import complete
 from styleloom.training.config import write_run
 
@@ -50,6 +51,13 @@ def _one_thread():
 
 
 AUGMENTS = ["blit", "geom", "color", "filter", "noise", "cutout"]
+
+
+@pytest.fixture(autouse=True)
+def _no_reports():
+    """What a test reported and nobody collected is not in the statistics of another's run."""
+    yield
+    report.Report.load_state_dict({})
 
 
 # How far a result may be from that of the same inputs in float64, relative to what was added up to make it: of our

@@ -48,12 +48,6 @@ KINDS = {
 STAGES = [(0, 4, False, 8), (24, 8, True, 4), (36, 8, False, 4), (56, 16, True, 4), (72, 16, False, 4)]
 
 
-@pytest.fixture(autouse=True)
-def _no_reports():
-    yield
-    report.Report.load_state_dict({})
-
-
 @pytest.fixture(scope="module")
 def command(unlabelled, labelled):
     """(kind, out, *more) -> arguments of `styleloom train`."""

@@ -18,13 +18,6 @@ from styleloom.training.distributed import Team
 from styleloom.training.health import Collapse, Diversity, Explosion, Finding, Gap, Memorised, Monitor, Saturation
 from styleloom.training.trainer import Training
 
-
-@pytest.fixture(autouse=True)
-def _no_reports():
-    yield
-    report.Report.load_state_dict({})
-
-
 # Rules
 
 

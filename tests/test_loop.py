@@ -27,12 +27,6 @@ from styleloom.training.trainer import Training
 LONG = ["--total-kimg=0.096", "--keep-checkpoints=9"]  # 24 steps
 
 
-@pytest.fixture(autouse=True)
-def _no_reports():
-    yield
-    report.Report.load_state_dict({})
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, unlabelled, arguments):
     """A run of 24 steps in one go."""

@@ -25,12 +25,6 @@ def helper():
     return module
 
 
-@pytest.fixture(autouse=True)
-def _no_reports():
-    yield
-    report.Report.load_state_dict({})
-
-
 def compare(found: dict, expected: dict, phase: str, tolerance: float = 1e-9, optimizer: bool = True) -> None:
     """Weights after a phase, w_avg and pl_mean; and gradients, moments and steps if `found` has the optimizer."""
     a, b = ({k: x for k, x in each.items() if k.startswith(f"{phase}/")} for each in (found, expected))

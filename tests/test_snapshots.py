@@ -10,19 +10,12 @@ import pytest
 import torch
 
 from styleloom.scripts import evaluate, train
-from styleloom.training import report
 from styleloom.training.checkpoint import complete, find_snapshot
 from styleloom.training.distributed import Team
 from styleloom.training.loop import Stop
 from styleloom.training.metrics.swd import swd
 from styleloom.training.snapshots import Snapshots, fakes, reals
 from styleloom.training.trainer import Training
-
-
-@pytest.fixture(autouse=True)
-def _no_reports():
-    yield
-    report.Report.load_state_dict({})
 
 
 @pytest.fixture

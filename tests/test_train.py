@@ -13,7 +13,6 @@ from styleloom.datasets.manifest import load_index, read_manifest
 from styleloom.datasets.shards import prepare
 from styleloom.datasets.sources import open_source
 from styleloom.scripts import cli, train
-from styleloom.training import report
 from styleloom.training.config import PRESETS
 from styleloom.training.distributed import Team
 from styleloom.training.networks import build
@@ -29,12 +28,6 @@ def data(unlabelled, tmp_path):
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "out"
-
-
-@pytest.fixture(autouse=True)
-def _no_reports():
-    yield
-    report.Report.load_state_dict({})
 
 
 # The data set
