@@ -215,6 +215,7 @@ def statuses(folder: Path) -> list[int]:
     return [int((folder / f"status-{rank}").read_text()) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_told_to_end_and_one_that_starts_killed_ranks_again(
     tmp_path, unlabelled, arguments, python, assert_same, monkeypatch
 ):

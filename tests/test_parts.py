@@ -251,6 +251,7 @@ def test_many_parts_at_once_again_and_again(pictures, whole, tmp_path):
         assert tree(dest) == tree(whole)
 
 
+@pytest.mark.slow
 def test_killed_parts_are_run_again_while_others_work(pictures, whole, tmp_path):
     """A part that is stopped within a shard loses that shard; the other one does not notice."""
     dest, stopper = tmp_path / "data", tmp_path / "stopper.py"
