@@ -339,7 +339,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_is(
     refused, networks, run_folder, pictures, unlabelled, tmp_path, seen
 ):
     options = [f"--data={unlabelled}", f"--inception={networks / 'bare.pt'}", f"--lpips={networks / 'pixels.pt'}"]
-    assert "is needs a classifier" in refused(evaluate.main, run_folder, *options, "--metrics=fid,is")
+    assert "'is' needs a classifier" in refused(evaluate.main, run_folder, *options, "--metrics=fid,is")
     assert "ppl is measured of a snapshot" in refused(evaluate.main, pictures, *options, "--metrics=fid,ppl")
     assert "there is no nowhere" in refused(evaluate.main, run_folder, "nowhere", *options)
     (tmp_path / "few").mkdir()

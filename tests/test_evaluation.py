@@ -338,5 +338,5 @@ def test_what_cannot_be_measured_is_told_before():
             check_metrics([name], network, least - 1)  # type: ignore[arg-type]
     network.head = None  # type: ignore[assignment]
     check_metrics(["fid"], network, 10)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="is needs a classifier, and stand-in has features only"):
+    with pytest.raises(ValueError, match="'is' needs a classifier, and stand-in has features only"):
         check_metrics(["fid", "is"], network, 10)  # type: ignore[arg-type]

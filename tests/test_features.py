@@ -176,7 +176,7 @@ def test_a_network_without_a_head(stand_in):
     torch.testing.assert_close(network(x), expected)
     np.testing.assert_allclose(images_to_features(network, images, "clean", threads=2), expected, rtol=1e-5, atol=1e-6)
     assert expected.std() > 0.01
-    with pytest.raises(ValueError, match=r"is needs a classifier, and stand-in tiny\.pt has features only"):
+    with pytest.raises(ValueError, match=r"'is' needs a classifier, and stand-in tiny\.pt has features only"):
         network.probabilities(np.zeros([2, 8]))
 
 

@@ -1,6 +1,5 @@
 """training/metrics/ppl.py: networks for which the path length is known, and files that are none."""
 
-import math
 import warnings
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from styleloom.training.draws import Draws
-from styleloom.training.metrics.ppl import EPSILON, image_pairs, load_perceptual, mean_length, slerp
+from styleloom.training.metrics.ppl import EPSILON, image_pairs, load_perceptual, mean_length
 from styleloom.training.metrics.samples import draw_labels, generated_images
 from styleloom.training.networks import build
 from styleloom.training.report import to_uint8
@@ -106,16 +105,6 @@ def test_without_a_w_the_path_is_in_z(perceptual):
     angles = nn.functional.cosine_similarity(z0, z1).acos()
     expected = 3 * (angles * 127.5 / 100).square()
     torch.testing.assert_close(perceptual.distances(a, b) / EPSILON**2, expected, rtol=0.05, atol=0)
-
-
-def test_slerp():
-    a, b = torch.tensor([[2.0, 0, 0]]), torch.tensor([[0.0, 4, 0]])
-    torch.testing.assert_close(slerp(a, b, torch.tensor([[0.0]])), a)
-    torch.testing.assert_close(slerp(a, b, torch.tensor([[1.0]])), b)
-    torch.testing.assert_close(
-        slerp(a, b, torch.tensor([[0.5]])), torch.tensor([[3 / math.sqrt(2), 3 / math.sqrt(2), 0]])
-    )
-    torch.testing.assert_close(slerp(a, a, torch.tensor([[0.3]])), a)
 
 
 def test_both_ends_of_a_conditional_generators_step_have_one_label(settings):
