@@ -104,6 +104,7 @@ def test_a_run_is_measured_as_it_goes(unlabelled, arguments, feature_network, ca
 def test_a_network_that_is_not_there_is_told_before_training(unlabelled, arguments, refused, tmp_path):
     its = arguments(unlabelled, tmp_path / "out", f"--metrics.inception={tmp_path / 'none.pt'}")
     assert "there is no feature network" in refused(train.main, *its)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
     assert "--metrics.inception of train" in refused(train.main, *its, "--dry-run")
 
 

@@ -341,7 +341,7 @@ class Metrics(Section):
     inception: str = ""
     """The feature network: a file such as inception-2015-12-05.pt. Without it, only `score_images` has effect."""
     lpips: str = ""
-    """The perceptual network for ppl: a file such as vgg16.pt."""
+    """The perceptual network for ppl: a file such as vgg16.pt. Both are programs: take them from whom you trust."""
     resize: Literal["clean", "legacy"] = "clean"
     """How images are brought to the network's size: as clean-fid does, or as the first implementation of the FID."""
     images: int = Field(default=50000, ge=2)

@@ -42,7 +42,7 @@ def dry_run(run: Run, team: Team) -> int:
     """Prints the plan of a run and writes nothing. Raises ValueError where training would (but needs no `out`)."""
     training = Training(run, team)
     training.begin()
-    evaluation_of(training)
+    training.agree(lambda: evaluation_of(training))
     for line in describe(training):
         say(team, line)
     estimates: dict[int, Estimate] = {}  # by level

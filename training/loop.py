@@ -112,6 +112,8 @@ def loop(training: Training, total: int, stop: Stop) -> int:
     """Trains until `total` images are shown; the exit status as in `train`. Raises Trouble where the run's health calls
     for more than a warning."""
     run, team = training.run, training.team
+    # Before anything is written, as what it measures by may not be there.
+    snapshots = training.agree(lambda: Snapshots(training, stop.take, lambda: bool(stop.signal)))
     writer = training.agree(lambda: start_writing(training, Path(run.out)) if team.main else None)
     training.bad_log = Path(run.out) / f"bad_samples{f'-{team.rank}' if team.rank else ''}.jsonl"
     shown = team.main and sys.stderr.isatty()
@@ -123,7 +125,7 @@ def loop(training: Training, total: int, stop: Stop) -> int:
         contextlib.closing(training.stream()) as stream,
         bar,
     ):
-        tick, snapshots = Tick(training), Snapshots(training, stop.take, lambda: bool(stop.signal))
+        tick = Tick(training)
         monitor = monitor_of(training, health.read_lines(writer.stats) if writer else [])
         training.well, diversity = monitor.well, diversity_of(training, stop)
         while training.nimg < total:
